@@ -1,0 +1,31 @@
+"""Package attn_cifar from settings.ini, which nbdev reads too: every fact about the package is written there once."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(root / "settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+readme = root / "README.md"
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    keywords=settings["keywords"].split(),
+    author=settings["author"],
+    license=settings["license"],
+    classifiers=["Intended Audience :: Education", "Programming Language :: Python :: 3", "Typing :: Typed"],
+    packages=find_packages(include=["attn_cifar", "attn_cifar.*"]),
+    package_data={"attn_cifar": ["py.typed", "**/*.json", "**/*.safetensors"]},
+    python_requires=">=" + settings["min_python"],
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+    entry_points={"console_scripts": settings["console_scripts"].split()},
+    zip_safe=False,
+)
