@@ -1,0 +1,43 @@
+# `make run` trains the two first networks on the built-in images; `make test` is everything CI checks.
+# Both make .venv once, with pip alone. Another interpreter: make run PYTHON=/path/to/python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+RUFF := $(BIN)/ruff check --quiet --isolated --target-version py310 --line-length 120 --select E,F,W,B,UP
+# Notebooks set up what the next cell uses and end in one line that exports them.
+RUFF += --extend-exclude _modidx.py --ignore E402,W292,B018 --per-file-ignores '*.ipynb:E702' --per-file-ignores '*.ipynb:F811'
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.NOTPARALLEL:
+.PHONY: run test export readme clean
+
+run: .venv/.installed
+	@$(BIN)/python -m attn_cifar study demo
+
+# One thread for each of two workers, so that two cores are used and not fought over.
+test: export OMP_NUM_THREADS := 1
+test: .venv/.installed-dev
+	@echo "lint" && $(RUFF) attn_cifar tests nbs setup.py .github
+	@echo "notebooks" && $(BIN)/nbdev_test --n_workers 2
+	@echo "tests" && $(BIN)/python -m pytest -q -rs -n 2 tests
+
+export: .venv/.installed-dev
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+readme: .venv/.installed-dev
+	@$(BIN)/python .github/readme.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find attn_cifar nbs tests .github -name __pycache__ -prune -exec rm -rf {} +
+
+# pip is the last thing venv writes: where ensurepip is missing, the next make tries again.
+$(BIN)/pip:
+	@$(PYTHON) -m venv .venv
+
+.venv/.installed: settings.ini setup.py | $(BIN)/pip
+	@echo "installing into .venv: minutes, and gigabytes unless torch is the CPU-only one (see README)"
+	@$(BIN)/python -m pip install -q --use-pep517 -e . && touch $@
+
+.venv/.installed-dev: settings.ini setup.py | $(BIN)/pip
+	@echo "installing into .venv: minutes, and gigabytes unless torch is the CPU-only one (see README)"
+	@$(BIN)/python -m pip install -q --use-pep517 -e '.[dev]' && touch .venv/.installed $@

@@ -1,0 +1,138 @@
+"""The repository agrees with itself: notebooks, exported package, README and the order of the modules."""
+
+import ast
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "attn_cifar"
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+WRITTEN_BY_HAND = {"__init__.py", "__main__.py"}
+# A path of one machine, though not inside a URL, a word or base64.
+HOME_PATH = re.compile(r"(?<![\w+/.:])(?:/home/|/root/|/Users/|/tmp/|/var/folders/)\w|\b[A-Z]:\\Users\\")
+# `attn-cifar study` opens studies, which stands beside cli at the top; studies must not import cli in return.
+DOORS = {("cli", "studies")}
+
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+
+
+def run_tool(name: str, *arguments: str, folder: Path) -> None:
+    """Run one of nbdev's commands in a folder, and show what it said if it fails."""
+    command = [str(Path(sys.executable).parent / name), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def project_copy(tmp_path_factory) -> Path:
+    """Copy what nbdev reads, without the exported modules, so that its commands cannot touch the repository."""
+    copy = tmp_path_factory.mktemp("project")
+    shutil.copy(ROOT / "settings.ini", copy)
+    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
+    (copy / "attn_cifar").mkdir()
+    for name in WRITTEN_BY_HAND:
+        shutil.copy(PACKAGE / name, copy / "attn_cifar")
+    return copy
+
+
+def test_package_equals_export(project_copy):
+    run_tool("nbdev_export", folder=project_copy)
+
+    def modules(package: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(package)): p.read_bytes() for p in sorted(package.rglob("*.py"))}
+
+    committed, exported = modules(PACKAGE), modules(project_copy / "attn_cifar")
+    different = {name for name in committed | exported if committed.get(name) != exported.get(name)}
+    assert not different, f"run `make export`: the notebooks say otherwise in {sorted(different)}"
+
+
+def test_notebooks_are_clean(project_copy):
+    run_tool("nbdev_clean", folder=project_copy)
+    changed = [str(p.relative_to(ROOT)) for p in NOTEBOOKS
+               if p.read_bytes() != (project_copy / p.relative_to(ROOT)).read_bytes()]
+    assert not changed, f"run `nbdev_clean`: it would change {changed}"
+
+
+def stored_text(output: dict) -> str:
+    """Return what a stored output says in words: its stream, plain text, HTML and Markdown, no pixels."""
+    data = output.get("data", {})
+    kinds = [output.get("text", ""), *(value for kind, value in data.items() if kind.startswith("text/"))]
+    return "\n".join("".join(value) for value in kinds)
+
+
+@each_notebook
+def test_stored_outputs(notebook):
+    assert notebook.stat().st_size <= 1_500_000, "heavier than 1.5 MB: store smaller figures"
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        where = f"under {''.join(cell['source'])[:200]!r}"
+        for output in cell.get("outputs", []):
+            assert output["output_type"] != "error", f"an error is stored {where}"
+            assert output.get("name") != "stderr", f"warnings or a progress bar are stored {where}"
+            found = HOME_PATH.search(stored_text(output))
+            assert not found, f"a path of one machine is stored {where}: {found.string[found.start():][:80]!r}"
+        found = HOME_PATH.search("".join(cell["source"]))
+        assert not found, f"a path of one machine is written {where}"
+
+
+def test_home_path_knows_a_path_from_a_url():
+    assert HOME_PATH.search("saved to /home/ann/runs") and HOME_PATH.search("'/tmp/tmpab12/x.png'")
+    assert not HOME_PATH.search("https://example.org/home/ann") and not HOME_PATH.search("iVBORw0KGgo/tmp/AAA")
+    assert not HOME_PATH.search("./tmp/x") and not HOME_PATH.search("runs/home/x")
+
+
+def test_readme_equals_index():
+    made = runpy.run_path(str(ROOT / ".github" / "readme.py"))["make_readme"]()
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == made, "run `make readme`: nbs/index.ipynb says otherwise"
+
+
+def test_relative_links_of_the_readme_exist():
+    """The README stands one folder above its notebook, so a link that works in one could be broken in the other."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r'(?:\]\(|(?:src|href)=")(?![a-z]+:|#)([^)"#\s]+)', text)
+    broken = [link for link in links if not (ROOT / link).exists()]
+    assert not broken, f"README.md points at {broken}"
+
+
+def exported_modules() -> dict[str, Path]:
+    """Return the modules that come from notebooks, by name."""
+    return {p.stem: p for p in PACKAGE.glob("*.py") if p.name not in WRITTEN_BY_HAND | {"_modidx.py"}}
+
+
+def imports_of(module: Path) -> set[str]:
+    """Return the modules of attn_cifar that a module imports anywhere, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            path = "attn_cifar." * bool(node.level) + (node.module or "")
+            names |= {path.rstrip("."), *(f"{path.rstrip('.')}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("attn_cifar.")} & exported_modules().keys()
+
+
+def test_modules_import_only_what_stands_before_them():
+    """The notebooks' numbers are the order: an import must point at an earlier notebook, or within the same one."""
+    modules = exported_modules()
+    graph = {name: imports_of(path) - {name} for name, path in modules.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
+    notebook = {name: re.search(r"File to edit: \S*?nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8"))[1]
+                for name, path in modules.items()}
+    backwards = {(name, needed) for name in graph for needed in graph[name] if notebook[needed] > notebook[name]}
+    assert backwards <= DOORS, f"(module, what it imports too early): {sorted(backwards - DOORS)}"
+
+
+def test_light_modules_bring_in_no_heavy_library():
+    heavy = {"albumentations", "cv2", "tensorboard", "matplotlib", "torchvision"}
+    code = ("import sys; import attn_cifar.data, attn_cifar.models, attn_cifar.state, attn_cifar.lr_finder\n"
+            "from attn_cifar.training import fit\n"
+            f"print(*sorted({heavy!r} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not done.stdout.split(), f"import these when first needed: {done.stdout}"
