@@ -32,6 +32,7 @@ clean:
 
 # pip is the last thing venv writes: where ensurepip is missing, the next make tries again.
 $(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: add PYTHON=/path/to/it")'
 	@$(PYTHON) -m venv .venv
 
 .venv/.installed: settings.ini setup.py | $(BIN)/pip
