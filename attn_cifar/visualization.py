@@ -7,7 +7,7 @@ __all__ = ['COLORS', 'STYLE', 'WIDTH', 'DPI', 'MAX_STORED', 'MAX_ROWS', 'SPLITS'
            'plot_images', 'plot_history', 'plot_schedule', 'plot_lr_find', 'plot_confusion', 'plot_misclassified',
            'plot_explanations', 'plot_network']
 
-# %% ../nbs/06_visualization.ipynb #5f8c9f7d
+# %% ../nbs/06_visualization.ipynb #b4480bbc
 import functools
 import io
 import textwrap
@@ -22,7 +22,7 @@ from .diagram import draw_network, drawing_height, trace_network
 from .explain import Explanation
 from .state import unwrap
 
-# %% ../nbs/06_visualization.ipynb #7176926b
+# %% ../nbs/06_visualization.ipynb #0fd519a6
 COLORS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "grey": "#6B7280"}
 STYLE = {
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -88,7 +88,7 @@ def _short(name: str, length: int = 14) -> str:
     "Shorten a class name that would not fit."
     return name if len(name) <= length else name[: length - 1] + "…"
 
-# %% ../nbs/06_visualization.ipynb #e05f2790
+# %% ../nbs/06_visualization.ipynb #120afe80
 MAX_ROWS = 20  # classes shown by `plot_images`
 
 
@@ -119,7 +119,7 @@ def plot_images(
         canvas[row * step_y : row * step_y + height, column * step_x : column * step_x + width] = image
     ax = ax or _new_axes(0.55 + (WIDTH - 1.05) * canvas.shape[0] / canvas.shape[1])
     ax.imshow(canvas.clip(0, 1), interpolation="nearest")
-    ax.set_yticks(np.arange(count) * step_y + height / 2, [_short(name) for name in data.class_names[:count]])
+    ax.set_yticks(np.arange(count) * step_y + height / 2, [_short(name, 18) for name in data.class_names[:count]])
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.grid(False)
@@ -134,7 +134,7 @@ def _places(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     places = [(row, column) for row, members in enumerate(rows) for column in range(len(members))]
     return [row for row, _ in places], [column for _, column in places]
 
-# %% ../nbs/06_visualization.ipynb #5a5f1259
+# %% ../nbs/06_visualization.ipynb #0f463c09
 SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["orange"], "s")}
 
 
@@ -170,7 +170,7 @@ def plot_history(
     panels[1].set_xlabel("epoch")
     return fig
 
-# %% ../nbs/06_visualization.ipynb #bcc30f7c
+# %% ../nbs/06_visualization.ipynb #811884fb
 @_styled
 def plot_schedule(
     steps,  # a `Run`, its `steps` ("lr" and, if it moves, "momentum", one value a step), or the learning rates alone
@@ -200,7 +200,7 @@ def plot_schedule(
         ax.set_title("Schedule: learning rate and momentum")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #da2fc3e4
+# %% ../nbs/06_visualization.ipynb #a733a2d1
 @_styled
 def plot_lr_find(
     result,  # an `LRRangeTest`: lrs, losses, smoothed (which may end earlier), suggestion, reason
@@ -230,7 +230,7 @@ def plot_lr_find(
     ax.legend(loc="lower left")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #e0737300
+# %% ../nbs/06_visualization.ipynb #4004a64c
 MAX_CELL_TEXT = 20  # classes up to which `plot_confusion` writes numbers
 
 
@@ -264,7 +264,7 @@ def plot_confusion(
     ax.set_title(f"Confusion [% of the true class]: {accuracy:.1f} % correct")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #7bb8025c
+# %% ../nbs/06_visualization.ipynb #4a048c56
 @_styled
 def plot_misclassified(
     evaluation,  # an `Evaluation` of the test images of `data`
@@ -297,7 +297,7 @@ def plot_misclassified(
         panels[0].text(0.5, 0.5, "no mistakes", ha="center", va="center", transform=panels[0].transAxes)
     return fig
 
-# %% ../nbs/06_visualization.ipynb #1c244df7
+# %% ../nbs/06_visualization.ipynb #ff3ca609
 HEAT = "inferno"  # perceptually uniform, its brightness alone carries the order
 
 
@@ -317,7 +317,7 @@ def plot_explanations(
         raise InputError("there is no explanation to draw")
     pictures = unnormalize(images[:max_images].detach().float().cpu(), data.mean, data.std).permute(0, 2, 3, 1).numpy()
     rows, columns = 1 + len(explanations), len(pictures)
-    fig = fig or _new_figure(1.3 + 0.91 * WIDTH / max(columns, 4) * rows)
+    fig = fig or _new_figure(1.3 + 0.91 * WIDTH / max(columns, 4) * rows, WIDTH if columns > 2 else 4.2)
     panels = fig.subplots(rows, columns, squeeze=False)
     for column, picture in enumerate(pictures):
         panels[0, column].imshow(picture, interpolation="nearest")
@@ -340,8 +340,8 @@ def plot_explanations(
     from matplotlib.cm import ScalarMappable
 
     bar = fig.colorbar(ScalarMappable(cmap=HEAT), ax=panels, location="bottom", shrink=0.6, aspect=40, pad=0.02,
-                       ticks=[0, 1])
-    bar.ax.set_xticklabels(["lowest of the map", "highest"])
+                       ticks=[])
+    bar.set_label("lowest to highest value of each map")
     bar.outline.set_visible(False)
     return fig
 
@@ -364,7 +364,7 @@ def _caption(explanation: Explanation, index: int, data: ImageData, labels) -> s
     text = f"{explained}\n{100 * float(explanation.probabilities[index]):.0f} %"
     return text if labels is None else f"{_short(data.class_names[int(labels[index])], 11)}\n→ {text}"
 
-# %% ../nbs/06_visualization.ipynb #71b6fa33
+# %% ../nbs/06_visualization.ipynb #dfdc3ca6
 @_styled
 def plot_network(
     model: nn.Module,  # any network that takes images (B, 3, H, W); left as it was
