@@ -2,7 +2,7 @@
 # Both make .venv once, with pip alone. Another interpreter: make run PYTHON=/path/to/python3.12
 PYTHON ?= python3
 BIN := .venv/bin
-RUFF := $(BIN)/ruff check --quiet --isolated --target-version py310 --line-length 120 --select E,F,W,B,UP
+RUFF := $(BIN)/ruff check --quiet --isolated --target-version py310 --line-length 130 --select E,F,W,B,UP
 # Notebooks set up what the next cell uses and end in one line that exports them.
 RUFF += --extend-exclude _modidx.py --ignore E402,W292,B018,B905 \
     --per-file-ignores '*.ipynb:E702' --per-file-ignores '*.ipynb:F811'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unwrap', 'TrainingState', 'write_tensors', 'read_tensors']
 
-# %% ../nbs/02_state.ipynb #9477c5e3
+# %% ../nbs/02_state.ipynb #650a2fa9
 import copy
 import json
 import os
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/02_state.ipynb #23ed984c
+# %% ../nbs/02_state.ipynb #21b435c9
 def unwrap(model: nn.Module) -> nn.Module:
     "Return the module inside `torch.compile` and `DistributedDataParallel` wrappers."
     while inner := getattr(model, "_orig_mod", None) or (
@@ -78,7 +78,7 @@ class _RandomState:
         for generator, value in zip(self.generators, state["loader"], strict=True):
             generator.set_state(value)
 
-# %% ../nbs/02_state.ipynb #3ce574fc
+# %% ../nbs/02_state.ipynb #29434bd0
 class TrainingState:
     "Capture and restore everything the next training step depends on."
 
@@ -131,7 +131,7 @@ class TrainingState:
         self.restore(stored["state"])
         return stored["notes"]
 
-# %% ../nbs/02_state.ipynb #da2858ea
+# %% ../nbs/02_state.ipynb #f7005206
 def write_tensors(
     path: str | os.PathLike,
     tree: Any,  # nested dicts, lists and tuples of tensors, arrays, numbers, texts and None
@@ -170,8 +170,10 @@ def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
         key = str(len(tensors))
         tensor = torch.as_tensor(value).detach()
         tensors[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-        channels_last = tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-        return {"kind": "array" if isinstance(value, np.ndarray) else "channels_last" if channels_last else "tensor", "key": key}
+        if isinstance(value, np.ndarray):
+            return {"kind": "array", "key": key}
+        nhwc = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+        return {"kind": "channels_last" if nhwc else "tensor", "key": key}
     if isinstance(value, dict):
         return {"kind": "dict", "items": [[_encode(key, tensors), _encode(item, tensors)] for key, item in value.items()]}
     if isinstance(value, tuple):

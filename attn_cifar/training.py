@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'RECIPES', 'Recipe', 'make_optimizer', 'make_scheduler', 'current_momentum', 'Evaluation', 'evaluate',
-           'Engine', 'choose_engine', 'Run', 'load_run', 'describe_machine', 'fit', 'choose_recipe']
+           'Engine', 'choose_engine', 'Run', 'load_run', 'describe_machine', 'fit', 'choose_recipe', 'refuse_other_run']
 
-# %% ../nbs/03_training.ipynb #82cce7e7
+# %% ../nbs/03_training.ipynb #e2a952c5
 import copy
 import csv
 import json
@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from .state import TrainingState, read_tensors, unwrap, write_tensors
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_training.ipynb #872ebd46
+# %% ../nbs/03_training.ipynb #5d9a629c
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -101,7 +101,7 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_training.ipynb #99518645
+# %% ../nbs/03_training.ipynb #277ecf80
 @dataclass(frozen=True)
 class Evaluation:
     "Hold the logits of a model on a labelled set, and what follows from them."
@@ -181,7 +181,7 @@ def evaluate(
 def _autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
-# %% ../nbs/03_training.ipynb #7631101c
+# %% ../nbs/03_training.ipynb #613b4d6c
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
@@ -221,6 +221,7 @@ class _Loss:
     def __init__(self, model: nn.Module, recipe: Recipe, engine: Engine, batch_size: int):
         self.model, self.recipe, self.engine, self.batch_size = model, recipe, engine, batch_size
         self.device = torch.device(engine.device)
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports a missing GPU when compiling
         self.compiled = torch.compile(self.eager, dynamic=False) if engine.compile else None
         self.checked = False
 
@@ -245,7 +246,7 @@ class _Loss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_training.ipynb #2d32e3ca
+# %% ../nbs/03_training.ipynb #45ea86af
 @dataclass
 class Run:
     "Hold one training: its configuration, what was measured, the model and its last evaluation."
@@ -298,13 +299,22 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     _write_text(path, "\n".join(lines) + "\n")
 
 
+def _processor() -> str:
+    "Return the processor's name where the system tells it, else its architecture."
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
 def describe_machine() -> dict[str, Any]:
     "Return versions and hardware, to be stored with results."
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"attn_cifar": __version__, "python": platform.python_version(), "torch": torch.__version__, "gpu": gpu,
-            "processor": platform.machine(), "threads": torch.get_num_threads(), "platform": platform.system()}
+            "processor": _processor(), "threads": torch.get_num_threads(), "platform": platform.system()}
 
-# %% ../nbs/03_training.ipynb #1a09b56b
+# %% ../nbs/03_training.ipynb #84657deb
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -318,6 +328,7 @@ def fit(
     compile: bool | None = None,
     deterministic: bool = False,  # only algorithms that give the same bits each time; slower on a GPU
     verbose: bool = True,  # print a line an epoch, and a progress bar on a terminal
+    notes: dict[str, Any] | None = None,  # facts to keep in config.json, such as the command
     **changes: Any,  # fields of the recipe to change: epochs=…, max_lr=…
 ) -> Run:
     "Train a model and measure it every epoch. Raises `InputError`; stops with `FloatingPointError` where the loss does."
@@ -329,7 +340,7 @@ def fit(
               "data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels),
                        "class_names": list(data.class_names), "image_size": data.train_images.shape[1],
                        "mean": list(data.mean), "std": list(data.std)},
-              "machine": describe_machine()}
+              "machine": describe_machine(), "notes": notes or {}}
     folder = None if out is None else Path(out)
     if folder is not None:
         config, engine = _open_folder(folder, config, resume)
@@ -356,8 +367,9 @@ def fit(
                     "seconds": row.pop("seconds")}
             run.history.append(row)
             if verbose:
-                print(f"epoch {epoch + 1:3}/{recipe.epochs}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}"
-                      f"  test loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:6.2%}  {row['seconds']:.1f} s", flush=True)
+                print(f"epoch {epoch + 1:3}/{recipe.epochs}  "
+                      f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}  "
+                      f"test loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:6.2%}  {row['seconds']:.1f} s", flush=True)
             if logger is not None:
                 logger.epoch_done(state)
     finally:
@@ -424,6 +436,12 @@ def _check_output(model: nn.Module, data: ImageData) -> None:
                          f"{len(data.class_names)} classes, so (2, {len(data.class_names)}) is needed")
 
 
+def refuse_other_run(folder: str | os.PathLike, resume: bool) -> None:
+    "Raise `InputError` where a folder already holds a run that is not to be resumed."
+    if (Path(folder) / "config.json").exists() and not resume:
+        raise InputError(f"{folder} already holds a run: choose another folder, or go on with it (--resume, resume=True)")
+
+
 def _open_folder(folder: Path, config: dict[str, Any], resume: bool) -> tuple[dict[str, Any], Engine]:
     "Make the run folder, or check that the run in it is the one asked for; return its configuration."
     stored_at = folder / "config.json"
@@ -435,13 +453,14 @@ def _open_folder(folder: Path, config: dict[str, Any], resume: bool) -> tuple[di
         except OSError as error:
             raise InputError(f"the run folder {folder} cannot be written ({error.strerror})") from error
         return config, Engine(**config["engine"])
-    if not resume:
-        raise InputError(f"{folder} already holds a run: choose another folder, or go on with it (--resume, resume=True)")
+    refuse_other_run(folder, resume)
     stored = json.loads(stored_at.read_text())
     for part in ("model", "data", "recipe", "seed", "deterministic"):
         if stored[part] != config[part]:
-            then, now = (c[part] if not isinstance(c[part], dict) else
-                         {k: v for k, v in c[part].items() if stored[part].get(k) != config[part].get(k)} for c in (stored, config))
+            then, now = stored[part], config[part]
+            if isinstance(now, dict):
+                different = [key for key in now if then.get(key) != now[key]]
+                then, now = {key: then.get(key) for key in different}, {key: now[key] for key in different}
             raise InputError(f"{folder} holds another run: its {part} is {then}, not {now}")
     return stored, Engine(**stored["engine"])
 
@@ -482,7 +501,8 @@ class _Logger:
         self.steps, self.epochs = len(run.steps["loss"]), len(run.history)
         self.writer.flush()
         _write_csv(run.folder / "metrics.csv", run.history)
-        _write_csv(run.folder / "steps.csv", [dict(zip(run.steps, row, strict=True)) for row in zip(*run.steps.values(), strict=True)])
+        rows = [dict(zip(run.steps, row, strict=True)) for row in zip(*run.steps.values(), strict=True)]
+        _write_csv(run.folder / "steps.csv", rows)
 
     def epoch_done(self, state: TrainingState) -> None:
         "Write the checkpoint, then everything that can be read without it."
