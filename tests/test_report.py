@@ -1,0 +1,176 @@
+"""A run as people see it: its report in a real browser, its folder in a real TensorBoard."""
+
+import csv
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from attn_cifar.cli import make_parser
+from attn_cifar.data import load_data
+from attn_cifar.lr_finder import find_lr
+from attn_cifar.models import create_model
+from attn_cifar.remarks import remake_command
+from attn_cifar.report import make_report
+from attn_cifar.training import RECIPES, fit, load_run
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """Train for a moment on the built-in images, one class of which has a hostile name, and report on it."""
+    data = load_data("shapes").subset(500, 200)
+    data = replace(data, class_names=(HOSTILE, *data.class_names[1:]))
+    torch.manual_seed(0)
+    model = create_model("spatial_attn")
+    found = find_lr(model, data, recipe=replace(RECIPES["upstream"], batch_size=32), num_steps=20)
+    run = fit(model, data, epochs=1, batch_size=50, out=tmp_path_factory.mktemp("runs") / "run", verbose=False)
+    found.save(run.folder / "lr_find.json")
+    make_report(run.folder, data)
+    return run.folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Start Chromium without a window; tests that need it are skipped, visibly, where there is none."""
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("no Chromium and chromedriver on this machine")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking",
+                 "no-first-run", "disable-component-update", "disable-sync",
+                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=Service(driver))
+    yield chromium
+    chromium.quit()
+
+
+def open_page(browser, path: Path, width: int, scheme: str) -> list[str]:
+    """Open a file in a window of a width, in a light or dark scheme; return the addresses it asked for."""
+    browser.get("about:blank")
+    browser.get_log("performance"), browser.get_log("browser")  # what was before
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(path.resolve().as_uri())
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_report_opens_from_a_file(browser, run_folder, width, scheme):
+    path = run_folder / "report.html"
+    requests = open_page(browser, path, width, scheme)
+    assert requests and requests[0] == path.resolve().as_uri()
+    assert all(address.startswith("data:") for address in requests[1:])
+    assert browser.get_log("browser") == [], "the console complains"
+    look = browser.execute_script("""
+        const images = [...document.images], shown = element => element.getBoundingClientRect();
+        return {
+          width: document.scrollingElement.scrollWidth,
+          broken: images.filter(image => !image.complete || !image.naturalWidth).map(image => image.alt),
+          wide: images.filter(image => shown(image).right > arguments[0]).map(image => image.alt),
+          unnamed: images.filter(image => !image.alt).length,
+          images: images.length,
+          scripts: document.scripts.length,
+          dead: [...document.querySelectorAll('a')].filter(a => !document.querySelector(a.getAttribute('href'))).length,
+          ground: getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0],
+          smallest: Math.min(...[...document.querySelectorAll('body *')].map(e => parseFloat(getComputedStyle(e).fontSize))),
+          text: document.body.innerText
+        }""", width)
+    assert look["width"] <= width, "it scrolls sideways"
+    assert (look["broken"], look["wide"], look["unnamed"], look["dead"]) == ([], [], 0, 0)
+    assert look["images"] > 90 and look["smallest"] >= 12
+    assert look["scripts"] == 0 and HOSTILE in look["text"]
+    assert (look["ground"] < 64) == (scheme == "dark")
+
+
+def test_report_can_be_walked_with_the_keyboard(browser, run_folder):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, run_folder / "report.html", 1440, "light")
+
+    def press(key: str) -> str:
+        browser.switch_to.active_element.send_keys(key)
+        return browser.execute_script("return document.activeElement.innerText.trim()")
+
+    titles = browser.execute_script("return [...document.querySelectorAll('h2')].map(h => h.innerText)")
+    assert press(Keys.TAB).startswith("Skip")
+    assert [press(Keys.TAB) for _ in titles] == titles, "the contents come next, in the order of the sections"
+    press(Keys.ENTER)
+    seen = "const box = document.querySelector(location.hash).getBoundingClientRect(); return [box.top, innerHeight]"
+    top, height = browser.execute_script(seen)
+    assert 0 <= top < height, "the last link leads to the last section"
+
+
+def test_the_command_line_understands_the_command_to_make_it_again(run_folder):
+    run = load_run(run_folder)
+    words = shlex.split(remake_command(run).replace("\\\n", " "))
+    given = make_parser().parse_args(words[1:])
+    recipe = run.config["recipe"]
+    assert (given.epochs, given.batch_size, given.max_lr) == (1, 50, recipe["max_lr"])
+    assert (given.data, given.model, given.seed, given.recipe) == ("shapes", "spatial_attn", 0, "upstream")
+
+
+@pytest.fixture
+def tensorboard(run_folder, tmp_path):
+    """Serve the run folder on loopback; return a function that asks it for JSON."""
+    log, plain = tmp_path / "log", urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run_folder), "--host", "127.0.0.1", "--port", "0"]
+    with open(log, "wb") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline, address = time.monotonic() + 40, ""
+        while not address:
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+            address = next((word for word in log.read_text().split() if word.startswith("http://127.0.0.1:")), "")
+
+        def ask(route: str, **options: str) -> object:
+            query = urllib.parse.urlencode(options)
+            with plain.open(f"{address}data/plugin/{route}?{query}", timeout=20) as answer:
+                return json.load(answer)
+
+        yield ask
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def test_tensorboard_shows_the_run(tensorboard, run_folder):
+    deadline, tags = time.monotonic() + 30, {}
+    while "Acc/Test" not in tags and time.monotonic() < deadline:  # it reads the files after it has started to serve
+        time.sleep(0.3)
+        tags = next(iter(tensorboard("scalars/tags").values()), {})
+    assert {"Train loss", "LR", "Acc/Train", "Test loss", "Acc/Test"} <= tags.keys()
+    (name, images), = tensorboard("images/tags").items()
+    assert {"Train-Images", "Test-Misclassified_Imgs"} <= images.keys()
+    with open(run_folder / "metrics.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    for tag, column in (("Acc/Test", "test_accuracy"), ("Test loss", "test_loss"), ("Acc/Train", "train_accuracy")):
+        (_, epoch, value), = tensorboard("scalars/scalars", run=name, tag=tag)
+        assert epoch == 1 and value == pytest.approx(float(row[column]), rel=1e-6)
+    assert len(tensorboard("scalars/scalars", run=name, tag="LR")) == 10  # 500 images in batches of 50
