@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'choose_explained', 'make_report']
 
-# %% ../nbs/07_report.ipynb #353417b3
+# %% ../nbs/07_report.ipynb #2ec16a08
 import math
 import os
 import warnings
@@ -26,7 +26,7 @@ from .visualization import (
     DPI, METHOD_NAMES, _overlay, plot_confusion, plot_explanations, plot_history, plot_images, plot_lr_find,
     plot_misclassified, plot_network, plot_schedule)
 
-# %% ../nbs/07_report.ipynb #81261a93
+# %% ../nbs/07_report.ipynb #2b393581
 def _write(path: Path, content: bytes) -> None:
     "Write a file atomically."
     beside = path.with_name(f".{path.name}.tmp")
@@ -62,7 +62,7 @@ def _range_result(run: Run) -> LRRangeTest:
         raise InputError("the run folder holds no lr_find.json")
     return LRRangeTest.load(run.folder / "lr_find.json")
 
-# %% ../nbs/07_report.ipynb #4d58f511
+# %% ../nbs/07_report.ipynb #5dc75a34
 def _overview(run: Run, data: ImageData) -> Section:
     evaluation, config, images = _stored(run), run.config, run.config["data"]
     size, seconds = images["image_size"], sum(row["seconds"] for row in run.history)
@@ -72,7 +72,8 @@ def _overview(run: Run, data: ImageData) -> Section:
         tiles.append((_short_number(count_macs(run.model, size)), "multiply-accumulates an image"))
     exact = f", {seconds:,.0f} s" if seconds >= 100 else ""
     tiles += [(f"{len(run.history)}", "epoch" if len(run.history) == 1 else "epochs"),
-              (_duration(seconds), f"of training{exact}"), (f"{images['train']:,}", f"training images, {images['test']:,} test images")]
+              (_duration(seconds), f"of training{exact}"),
+              (f"{images['train']:,}", f"training images, {images['test']:,} test images")]
     try:
         found = _range_result(run)
     except InputError:
@@ -131,7 +132,7 @@ def _classes(run: Run, data: ImageData) -> Section:
     text = "The share of each class that is recognised, and its commonest mistake with the count."
     return Section("classes", "Classes", text, tables=[table])
 
-# %% ../nbs/07_report.ipynb #b143fee3
+# %% ../nbs/07_report.ipynb #efc518ef
 def _training_images(run: Run, data: ImageData) -> Section:
     "Show five images of each class, as `plot_images` does."
     augmentation, rng = Augmentation(**run.config["recipe"]["augmentation"]), np.random.default_rng(0)
@@ -203,10 +204,11 @@ def _remake(run: Run, data: ImageData) -> Section:
     text = (f"The data is {images['name']}: {images['train']:,} training and {images['test']:,} test images. Where it is "
             "a folder, give its path. The same seed gives the same weights on the same kind of machine.")
     given = run.config.get("notes", {}).get("command")
-    code = [("The command as it was given", given), ("A command that leaves nothing open", command), ("In Python", remake_python(run))]
+    code = [("The command as it was given", given), ("A command that leaves nothing open", command),
+            ("In Python", remake_python(run))]
     return Section("remake", "Make it again", text, True, code=[(label, words) for label, words in code if words])
 
-# %% ../nbs/07_report.ipynb #6ee6a784
+# %% ../nbs/07_report.ipynb #96b8b01a
 def _mistakes(run: Run, data: ImageData) -> Section:
     evaluation = _stored(run)
     chosen, wrong = evaluation.misclassified[:20].tolist(), len(evaluation.misclassified)
@@ -220,7 +222,7 @@ def _mistakes(run: Run, data: ImageData) -> Section:
         f" These are the {len(chosen)} on which the network was surest: true class → predicted class." if chosen else "")
     return Section("mistakes", "Mistakes", text, True, gallery=gallery)
 
-# %% ../nbs/07_report.ipynb #6e79b971
+# %% ../nbs/07_report.ipynb #38038532
 def choose_explained(
     evaluation: Evaluation,
     count: int = 5,
@@ -276,7 +278,7 @@ def _attention(run: Run, data: ImageData) -> Section:
     return _explanations(run, data, "attention", "Attention",
                          "How much attention each position receives from all others.")
 
-# %% ../nbs/07_report.ipynb #83fde050
+# %% ../nbs/07_report.ipynb #5387e72a
 SECTIONS = (_overview, _training_images, _curves, _confusion, _classes, _mistakes, _grad_cam, _attention, _schedule,
             _range_test, _network, _environment, _remake)
 
