@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_SIDE', 'PAGE_STYLE', 'PAGE', 'Picture', 'embed_image', 'data_uri', 'Table', 'Section', 'render_page', 'percent']
 
-# %% ../nbs/07_page.ipynb #d43330a4
+# %% ../nbs/07_page.ipynb #1eefc3a5
 import base64
 import io
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-# %% ../nbs/07_page.ipynb #2ef3255a
+# %% ../nbs/07_page.ipynb #db8dcc34
 MAX_SIDE = 96  # pixels: larger images are shown smaller
 
 
@@ -49,7 +49,7 @@ def data_uri(
     "Return an image file as an address which contains it."
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
-# %% ../nbs/07_page.ipynb #9531eb8c
+# %% ../nbs/07_page.ipynb #a4ef30da
 @dataclass
 class Table:
     "Hold a table: the first column names the rows; a float in 0..1 becomes a bar with its percentage."
@@ -65,7 +65,8 @@ class Section:
     id: str  # of the heading, and of links to it
     title: str
     text: str = ""  # one paragraph
-    wide: bool = False  # takes a whole row of a wide screen
+    wide: bool = False  # takes a whole row of a wide screen, where two stand side by side
+    first: bool = False  # stands on the left
     tiles: list[tuple[str, str]] = field(default_factory=list)  # value and label
     plots: list[Picture] = field(default_factory=list)
     strips: list[tuple[str, list[Picture]]] = field(default_factory=list)  # label and images of a row
@@ -73,7 +74,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     code: list[tuple[str, str]] = field(default_factory=list)  # label and text
 
-# %% ../nbs/07_page.ipynb #3d4ebe73
+# %% ../nbs/07_page.ipynb #5e429794
 PAGE_STYLE = """
 :root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --text: #1f2328; --quiet: #59626e; --line: #dfe3e8;
   --accent: #00619a; --strong: #b54708; --bar: #7fb8dc; }
@@ -113,7 +114,7 @@ img { display: block; width: 100%; height: auto; border-radius: 3px; }
 .tiles dt { color: var(--quiet); font-size: .8125rem; line-height: 1.3; }
 .tiles dd { margin: 0; font-size: 1.35rem; font-weight: 650; line-height: 1.35; }
 .tiles div:first-child dd { color: var(--strong); }
-.strip { display: grid; grid-template-columns: 6rem repeat(var(--columns), minmax(0, 1fr)); gap: .5rem;
+.strip { display: grid; grid-template-columns: 6rem repeat(var(--columns), minmax(0, 6rem)); gap: .5rem;
   margin-bottom: .5rem; }
 .strip > :first-child { align-self: center; font-size: .8125rem; line-height: 1.35; overflow-wrap: anywhere; }
 .strip img { max-width: 6rem; }
@@ -161,7 +162,7 @@ footer { margin-top: 1.25rem; color: var(--quiet); font-size: .875rem; overflow-
 @media print { nav { display: none; } section { break-inside: avoid; } body { background: #fff; } }
 """
 
-# %% ../nbs/07_page.ipynb #8b774b75
+# %% ../nbs/07_page.ipynb #2fc20460
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -257,7 +258,7 @@ PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# %% ../nbs/07_page.ipynb #bf1c24f1
+# %% ../nbs/07_page.ipynb #e09e6eae
 def render_page(
     title: str,
     subtitle: str,
@@ -275,14 +276,14 @@ def render_page(
 
 def _wide(sections: list[Section]) -> set[str]:
     "Name the sections that take a whole row: those that want to, and any that would stand alone in a row of two."
-    wide, open_row = set(), None
+    wide, alone = {section.id for section in sections if section.wide}, None
     for section in sections:
-        if section.wide:
-            wide |= {section.id, *({open_row} - {None})}
-            open_row = None
-        else:
-            open_row = section.id if open_row is None else None
-    return wide | ({open_row} - {None})
+        if alone is not None and (section.wide or section.first):
+            wide.add(alone)
+            alone = None
+        if not section.wide:
+            alone = section.id if alone is None else None
+    return wide | ({alone} - {None})
 
 
 def percent(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'choose_explained', 'make_report']
 
-# %% ../nbs/07_report.ipynb #2ec16a08
+# %% ../nbs/07_report.ipynb #baead7b6
 import math
 import os
 import warnings
@@ -26,7 +26,7 @@ from .visualization import (
     DPI, METHOD_NAMES, _overlay, plot_confusion, plot_explanations, plot_history, plot_images, plot_lr_find,
     plot_misclassified, plot_network, plot_schedule)
 
-# %% ../nbs/07_report.ipynb #2b393581
+# %% ../nbs/07_report.ipynb #ddcebe7e
 def _write(path: Path, content: bytes) -> None:
     "Write a file atomically."
     beside = path.with_name(f".{path.name}.tmp")
@@ -62,7 +62,7 @@ def _range_result(run: Run) -> LRRangeTest:
         raise InputError("the run folder holds no lr_find.json")
     return LRRangeTest.load(run.folder / "lr_find.json")
 
-# %% ../nbs/07_report.ipynb #5dc75a34
+# %% ../nbs/07_report.ipynb #467d3d0b
 def _overview(run: Run, data: ImageData) -> Section:
     evaluation, config, images = _stored(run), run.config, run.config["data"]
     size, seconds = images["image_size"], sum(row["seconds"] for row in run.history)
@@ -80,7 +80,7 @@ def _overview(run: Run, data: ImageData) -> Section:
         found = None
     text = (f"{config['model']}, trained and tested on {data.name}: images of {size}×{size} pixels in "
             f"{len(data.class_names)} classes ({', '.join(names)}).")
-    return Section("overview", "Overview", text, True, tiles,
+    return Section("overview", "Overview", text, wide=True, tiles=tiles,
                    tables=[Table(("Question", "Number", "Verdict"), verdicts(run, found))])
 
 
@@ -132,7 +132,7 @@ def _classes(run: Run, data: ImageData) -> Section:
     text = "The share of each class that is recognised, and its commonest mistake with the count."
     return Section("classes", "Classes", text, tables=[table])
 
-# %% ../nbs/07_report.ipynb #efc518ef
+# %% ../nbs/07_report.ipynb #3f78520a
 def _training_images(run: Run, data: ImageData) -> Section:
     "Show five images of each class, as `plot_images` does."
     augmentation, rng = Augmentation(**run.config["recipe"]["augmentation"]), np.random.default_rng(0)
@@ -154,7 +154,7 @@ def _schedule(run: Run, data: ImageData) -> Section:
     rates = run.steps["lr"] or [math.nan]
     alt = f"Learning rate over {len(rates):,} steps: from {rates[0]:.3g} up to {max(rates):.3g}, down to {rates[-1]:.3g}."
     text = "The learning rate of every step, and the momentum, which goes the other way."
-    return Section("schedule", "Schedule", text, plots=[_plot(run, "schedule", alt, plot_schedule, run)])
+    return Section("schedule", "Schedule", text, first=True, plots=[_plot(run, "schedule", alt, plot_schedule, run)])
 
 
 def _range_test(run: Run, data: ImageData) -> Section:
@@ -173,7 +173,7 @@ def _network(run: Run, data: ImageData) -> Section:
     alt = f"Diagram of the network from the image to the logits; its parts are {parts}."
     plot = _plot(run, "network", alt, plot_network, run.model, run.config["data"]["image_size"])
     text = "Drawn from a forward pass: parts with their parameters, shapes along the arrows, residuals on the right."
-    return Section("network", "Network", text, plots=[plot])
+    return Section("network", "Network", text, first=True, plots=[plot])
 
 
 def _environment(run: Run, data: ImageData) -> Section:
@@ -206,9 +206,9 @@ def _remake(run: Run, data: ImageData) -> Section:
     given = run.config.get("notes", {}).get("command")
     code = [("The command as it was given", given), ("A command that leaves nothing open", command),
             ("In Python", remake_python(run))]
-    return Section("remake", "Make it again", text, True, code=[(label, words) for label, words in code if words])
+    return Section("remake", "Make it again", text, wide=True, code=[(label, words) for label, words in code if words])
 
-# %% ../nbs/07_report.ipynb #96b8b01a
+# %% ../nbs/07_report.ipynb #dfa88052
 def _mistakes(run: Run, data: ImageData) -> Section:
     evaluation = _stored(run)
     chosen, wrong = evaluation.misclassified[:20].tolist(), len(evaluation.misclassified)
@@ -220,9 +220,9 @@ def _mistakes(run: Run, data: ImageData) -> Section:
         gallery.append(embed_image(data.test_images[index], f"Test image {index}, {true}", (f"{true} → {guess}", sure)))
     text = f"{wrong:,} of {len(evaluation.labels):,} test images are misclassified." + (
         f" These are the {len(chosen)} on which the network was surest: true class → predicted class." if chosen else "")
-    return Section("mistakes", "Mistakes", text, True, gallery=gallery)
+    return Section("mistakes", "Mistakes", text, wide=True, gallery=gallery)
 
-# %% ../nbs/07_report.ipynb #38038532
+# %% ../nbs/07_report.ipynb #ac41788f
 def choose_explained(
     evaluation: Evaluation,
     count: int = 5,
@@ -278,7 +278,7 @@ def _attention(run: Run, data: ImageData) -> Section:
     return _explanations(run, data, "attention", "Attention",
                          "How much attention each position receives from all others.")
 
-# %% ../nbs/07_report.ipynb #5387e72a
+# %% ../nbs/07_report.ipynb #851c0af9
 SECTIONS = (_overview, _training_images, _curves, _confusion, _classes, _mistakes, _grad_cam, _attention, _schedule,
             _range_test, _network, _environment, _remake)
 
