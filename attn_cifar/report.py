@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'choose_explained', 'make_report']
 
-# %% ../nbs/07_report.ipynb #baead7b6
+# %% ../nbs/07_report.ipynb #aa329bb5
 import math
 import os
 import warnings
@@ -23,10 +23,10 @@ from .page import Picture, Section, Table, data_uri, embed_image, percent, rende
 from .remarks import class_table, remake_command, remake_python, verdicts
 from .training import Evaluation, Run, load_run
 from .visualization import (
-    DPI, METHOD_NAMES, _overlay, plot_confusion, plot_explanations, plot_history, plot_images, plot_lr_find,
+    DPI, METHOD_NAMES, overlay, plot_confusion, plot_explanations, plot_history, plot_images, plot_lr_find,
     plot_misclassified, plot_network, plot_schedule)
 
-# %% ../nbs/07_report.ipynb #ddcebe7e
+# %% ../nbs/07_report.ipynb #054a2858
 def _write(path: Path, content: bytes) -> None:
     "Write a file atomically."
     beside = path.with_name(f".{path.name}.tmp")
@@ -62,7 +62,7 @@ def _range_result(run: Run) -> LRRangeTest:
         raise InputError("the run folder holds no lr_find.json")
     return LRRangeTest.load(run.folder / "lr_find.json")
 
-# %% ../nbs/07_report.ipynb #467d3d0b
+# %% ../nbs/07_report.ipynb #fc1d902c
 def _overview(run: Run, data: ImageData) -> Section:
     evaluation, config, images = _stored(run), run.config, run.config["data"]
     size, seconds = images["image_size"], sum(row["seconds"] for row in run.history)
@@ -132,7 +132,7 @@ def _classes(run: Run, data: ImageData) -> Section:
     text = "The share of each class that is recognised, and its commonest mistake with the count."
     return Section("classes", "Classes", text, tables=[table])
 
-# %% ../nbs/07_report.ipynb #3f78520a
+# %% ../nbs/07_report.ipynb #33c1cf91
 def _training_images(run: Run, data: ImageData) -> Section:
     "Show five images of each class, as `plot_images` does."
     augmentation, rng = Augmentation(**run.config["recipe"]["augmentation"]), np.random.default_rng(0)
@@ -208,7 +208,7 @@ def _remake(run: Run, data: ImageData) -> Section:
             ("In Python", remake_python(run))]
     return Section("remake", "Make it again", text, wide=True, code=[(label, words) for label, words in code if words])
 
-# %% ../nbs/07_report.ipynb #dfa88052
+# %% ../nbs/07_report.ipynb #3e65eb93
 def _mistakes(run: Run, data: ImageData) -> Section:
     evaluation = _stored(run)
     chosen, wrong = evaluation.misclassified[:20].tolist(), len(evaluation.misclassified)
@@ -222,7 +222,7 @@ def _mistakes(run: Run, data: ImageData) -> Section:
         f" These are the {len(chosen)} on which the network was surest: true class → predicted class." if chosen else "")
     return Section("mistakes", "Mistakes", text, wide=True, gallery=gallery)
 
-# %% ../nbs/07_report.ipynb #ac41788f
+# %% ../nbs/07_report.ipynb #670d77c0
 def choose_explained(
     evaluation: Evaluation,
     count: int = 5,
@@ -266,7 +266,7 @@ def _overlays(explanation: Explanation, pixels: np.ndarray, names: list[str]) ->
     "Lay one layer's maps over the images."
     heat, empty = explanation.upsampled(pixels.shape[1:3]).numpy(), explanation.empty.tolist()
     what = f"{METHOD_NAMES[explanation.method]} in {explanation.layer} for"
-    return [embed_image(_overlay(pixels[i] / 255, heat[i], empty[i]), f"{what} {name}" + ", an empty map" * empty[i],
+    return [embed_image(overlay(pixels[i] / 255, heat[i], empty[i]), f"{what} {name}" + ", an empty map" * empty[i],
                         ("empty",) if empty[i] else ()) for i, name in enumerate(names)]
 
 
@@ -278,7 +278,7 @@ def _attention(run: Run, data: ImageData) -> Section:
     return _explanations(run, data, "attention", "Attention",
                          "How much attention each position receives from all others.")
 
-# %% ../nbs/07_report.ipynb #851c0af9
+# %% ../nbs/07_report.ipynb #eb432026
 SECTIONS = (_overview, _training_images, _curves, _confusion, _classes, _mistakes, _grad_cam, _attention, _schedule,
             _range_test, _network, _environment, _remake)
 

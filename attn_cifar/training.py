@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit']
 
-# %% ../nbs/03_training.ipynb #0c55184d
+# %% ../nbs/03_training.ipynb #6fc3ad88
 import copy
 import json
 import logging
@@ -32,7 +32,7 @@ from .state import TrainingState, unwrap, write_tensors
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_training.ipynb #943e1403
+# %% ../nbs/03_training.ipynb #d80476c7
 class _Loss:
     "Compute loss and number of right answers of a batch, compiled where the engine says so."
 
@@ -64,7 +64,7 @@ class _Loss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_training.ipynb #d8f13a09
+# %% ../nbs/03_training.ipynb #aad140ac
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -213,9 +213,8 @@ class _Logger:
         self._write_tables()
 
     def _pictures(self, batches: Batches) -> Tensor:
-        "Return 25 augmented training images for display, without moving the loader."
-        shown = Batches(self.data.train_images[:25], self.data.train_labels[:25], 25, mean=self.data.mean, std=self.data.std,
-                        augmentation=batches.augmentation, seed=batches.seed)
+        "Return 32 augmented training images of all classes for display, without moving the loader."
+        shown = Batches.train(self.data.subset(32, 1), 32, batches.augmentation, batches.seed)
         return unnormalize(next(iter(shown))[0], self.data.mean, self.data.std)
 
     def _write_tables(self) -> None:
@@ -244,7 +243,7 @@ class _Logger:
     def close(self) -> None:
         "Add the mistakes to TensorBoard and close it."
         if self.run.evaluation is not None and len(self.run.evaluation.misclassified):
-            wrong = self.run.evaluation.misclassified[:25]
+            wrong = self.run.evaluation.misclassified[:32]
             self.writer.add_images("Test-Misclassified_Imgs", torch.as_tensor(self.data.test_images[wrong.numpy()]),
                                    len(self.run.history), dataformats="NHWC")
         self.writer.close()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'WIDTH', 'DPI', 'MAX_STORED', 'MAX_ROWS', 'SPLITS', 'MAX_CELL_TEXT', 'HEAT', 'METHOD_NAMES',
            'plot_images', 'plot_history', 'plot_schedule', 'plot_lr_find', 'plot_confusion', 'plot_misclassified',
-           'plot_explanations', 'plot_network']
+           'plot_explanations', 'overlay', 'plot_network']
 
-# %% ../nbs/06_visualization.ipynb #b4480bbc
+# %% ../nbs/06_visualization.ipynb #45fb962a
 import functools
 import io
 import textwrap
@@ -22,7 +22,7 @@ from .diagram import draw_network, drawing_height, trace_network
 from .explain import Explanation
 from .state import unwrap
 
-# %% ../nbs/06_visualization.ipynb #0fd519a6
+# %% ../nbs/06_visualization.ipynb #34c5da22
 COLORS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "grey": "#6B7280"}
 STYLE = {
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -88,7 +88,7 @@ def _short(name: str, length: int = 14) -> str:
     "Shorten a class name that would not fit."
     return name if len(name) <= length else name[: length - 1] + "…"
 
-# %% ../nbs/06_visualization.ipynb #120afe80
+# %% ../nbs/06_visualization.ipynb #48d9d3d1
 MAX_ROWS = 20  # classes shown by `plot_images`
 
 
@@ -134,7 +134,7 @@ def _places(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     places = [(row, column) for row, members in enumerate(rows) for column in range(len(members))]
     return [row for row, _ in places], [column for _, column in places]
 
-# %% ../nbs/06_visualization.ipynb #0f463c09
+# %% ../nbs/06_visualization.ipynb #7b648a9e
 SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["orange"], "s")}
 
 
@@ -165,12 +165,14 @@ def plot_history(
         ax.set_ylabel(unit)
         ax.margins(x=0.02)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        if len(epochs) == 1:
+            ax.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
     panels[0].set_title("Loss and accuracy")
     panels[0].legend(loc="upper right", ncols=2)
     panels[1].set_xlabel("epoch")
     return fig
 
-# %% ../nbs/06_visualization.ipynb #811884fb
+# %% ../nbs/06_visualization.ipynb #8b6cea09
 @_styled
 def plot_schedule(
     steps,  # a `Run`, its `steps` ("lr" and, if it moves, "momentum", one value a step), or the learning rates alone
@@ -200,7 +202,7 @@ def plot_schedule(
         ax.set_title("Schedule: learning rate and momentum")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #a733a2d1
+# %% ../nbs/06_visualization.ipynb #3bc0c207
 @_styled
 def plot_lr_find(
     result,  # an `LRRangeTest`: lrs, losses, smoothed (which may end earlier), suggestion, reason
@@ -230,7 +232,7 @@ def plot_lr_find(
     ax.legend(loc="lower left")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #4004a64c
+# %% ../nbs/06_visualization.ipynb #ce9c7c86
 MAX_CELL_TEXT = 20  # classes up to which `plot_confusion` writes numbers
 
 
@@ -264,7 +266,7 @@ def plot_confusion(
     ax.set_title(f"Confusion [% of the true class]: {accuracy:.1f} % correct")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #4a048c56
+# %% ../nbs/06_visualization.ipynb #4ed97431
 @_styled
 def plot_misclassified(
     evaluation,  # an `Evaluation` of the test images of `data`
@@ -297,7 +299,7 @@ def plot_misclassified(
         panels[0].text(0.5, 0.5, "no mistakes", ha="center", va="center", transform=panels[0].transAxes)
     return fig
 
-# %% ../nbs/06_visualization.ipynb #ff3ca609
+# %% ../nbs/06_visualization.ipynb #c4b7acda
 HEAT = "inferno"  # perceptually uniform, its brightness alone carries the order
 
 
@@ -328,7 +330,7 @@ def plot_explanations(
         method = METHOD_NAMES.get(explanation.method, explanation.method)
         panels[row, 0].set_ylabel(f"{method}\n{explanation.layer}", fontsize=9.5)
         for column, picture in enumerate(pictures):
-            panels[row, column].imshow(_overlay(picture, heat[column], empty[column]), interpolation="nearest")
+            panels[row, column].imshow(overlay(picture, heat[column], empty[column]), interpolation="nearest")
             if empty[column]:
                 panels[row, column].text(0.5, 0.5, "empty map", transform=panels[row, column].transAxes, ha="center",
                                          va="center", fontsize=9, bbox={"facecolor": "white", "edgecolor": "none"})
@@ -349,7 +351,7 @@ def plot_explanations(
 METHOD_NAMES = {"grad_cam": "Grad-CAM", "attention": "attention"}
 
 
-def _overlay(picture: np.ndarray, heat: np.ndarray, empty: bool) -> np.ndarray:
+def overlay(picture: np.ndarray, heat: np.ndarray, empty: bool) -> np.ndarray:
     "Lay a map (H, W) in 0..1 over the grey version of a picture (H, W, 3) in 0..1; an empty map leaves the grey."
     from matplotlib import colormaps
 
@@ -364,7 +366,7 @@ def _caption(explanation: Explanation, index: int, data: ImageData, labels) -> s
     text = f"{explained}\n{100 * float(explanation.probabilities[index]):.0f} %"
     return text if labels is None else f"{_short(data.class_names[int(labels[index])], 11)}\n→ {text}"
 
-# %% ../nbs/06_visualization.ipynb #dfdc3ca6
+# %% ../nbs/06_visualization.ipynb #d1a77064
 @_styled
 def plot_network(
     model: nn.Module,  # any network that takes images (B, 3, H, W); left as it was
