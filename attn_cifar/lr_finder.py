@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['smooth', 'LRRangeTest', 'read_curve', 'find_lr', 'fit_with_suggestion']
 
-# %% ../nbs/04_lr_finder.ipynb #667fec30
+# %% ../nbs/04_lr_finder.ipynb #aaac8cc8
 import json
 import math
 import os
@@ -23,7 +23,7 @@ from .data import Batches, ImageData, InputError
 from .state import TrainingState, unwrap
 from .training import Recipe, Run, choose_engine, choose_recipe, fit, make_optimizer, refuse_other_run
 
-# %% ../nbs/04_lr_finder.ipynb #71994db4
+# %% ../nbs/04_lr_finder.ipynb #c32942e5
 def smooth(
     values: np.ndarray,  # float (N,)
     beta: float = 0.9,  # 0: none; 0.98: a long memory
@@ -35,7 +35,7 @@ def smooth(
         smoothed[i] = average / (1 - beta ** (i + 1))
     return smoothed
 
-# %% ../nbs/04_lr_finder.ipynb #40f2ba55
+# %% ../nbs/04_lr_finder.ipynb #5326cca9
 @dataclass(frozen=True)
 class LRRangeTest:
     "Hold the result of an LR range test; usable without a plot."
@@ -89,9 +89,9 @@ def read_curve(
     slope = np.gradient(smoothed[first:lowest + 1], np.log(lrs[first:lowest + 1]))
     steep, minimum = float(lrs[first + np.argmin(slope)]), float(lrs[lowest])
     points = {"steep": steep, "minimum": minimum, "minimum/10": minimum / 10}
-    return LRRangeTest(lrs, losses, smooth(losses[:end], beta), math.sqrt(steep * minimum), None, points)
+    return LRRangeTest(lrs, losses, smoothed, points["minimum/10"], None, points)
 
-# %% ../nbs/04_lr_finder.ipynb #b9ce9759
+# %% ../nbs/04_lr_finder.ipynb #67efb1ae
 def find_lr(
     model: nn.Module,
     data: ImageData | Iterable,  # a data set, or any loader of (images, labels)
@@ -179,7 +179,7 @@ def _sweep(model, loader, optimizer, criterion, lrs, diverge, beta, engine) -> t
             break
     return lrs[:len(losses)], np.array(losses)
 
-# %% ../nbs/04_lr_finder.ipynb #733b7317
+# %% ../nbs/04_lr_finder.ipynb #80235f5b
 def fit_with_suggestion(
     model: nn.Module,
     data: ImageData,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'Run', 'load_run', 'refuse_other_run', 'write_text', 'write_csv', 'describe_machine']
 
-# %% ../nbs/03_runs.ipynb #9267ba22
+# %% ../nbs/03_runs.ipynb #61587149
 import csv
 import json
 import os
@@ -26,7 +26,7 @@ from .models import MODELS, create_model
 from .recipes import autocast
 from .state import read_tensors, unwrap, write_tensors
 
-# %% ../nbs/03_runs.ipynb #a8ae060d
+# %% ../nbs/03_runs.ipynb #7dd224de
 @dataclass(frozen=True)
 class Evaluation:
     "Hold the logits of a model on a labelled set, and what follows from them."
@@ -102,7 +102,7 @@ def evaluate(
     all_logits = torch.cat(logits).cpu()
     return Evaluation(all_logits, torch.cat(labels).cpu(), class_names or tuple(map(str, range(all_logits.shape[1]))))
 
-# %% ../nbs/03_runs.ipynb #c7b8a148
+# %% ../nbs/03_runs.ipynb #e187a6ab
 @dataclass
 class Run:
     "Hold one training: its configuration, what was measured, the model and its last evaluation."
@@ -133,7 +133,7 @@ def load_run(
             raise InputError(f"{folder} holds a {config['model']}, which is not in the registry: pass one as model=")
         model = model or create_model(config["model"], len(config["data"]["class_names"]))
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
-        model.eval()
+        model.to(memory_format=torch.channels_last).eval()  # as in training: the same numbers to the last bit
     stored = folder / "evaluation.safetensors"
     return Run(folder, config, history, steps, model, Evaluation.load(stored) if stored.exists() else None)
 

@@ -6,7 +6,7 @@
 __all__ = ['DEMO_EPOCHS', 'STUDIES', 'summarize_run', 'train_each', 'format_table', 'participation_ratio', 'features_of', 'demo',
            'reproduction', 'store_results', 'run_study']
 
-# %% ../nbs/09_studies.ipynb #eb8c91d3
+# %% ../nbs/09_studies.ipynb #6653d239
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ from .models import count_macs, create_model
 from .report import make_report
 from .training import Run, evaluate, load_run
 
-# %% ../nbs/09_studies.ipynb #560a0d67
+# %% ../nbs/09_studies.ipynb #1a5444d7
 def summarize_run(run: Run) -> dict[str, Any]:
     "Return what a study stores of a run: configuration, multiply-accumulates, every epoch, seconds, last accuracy."
     config = {key: value for key, value in run.config.items() if key != "notes"}
@@ -57,7 +57,7 @@ def format_table(runs: list[Run]) -> str:
                      f"{row['recipe']['max_lr']:8.2g} {row['test_accuracy']:13.2%} {row['seconds']:8.0f}")
     return "\n".join(lines)
 
-# %% ../nbs/09_studies.ipynb #9a2ce512
+# %% ../nbs/09_studies.ipynb #5e4d91ef
 def participation_ratio(features: Tensor) -> float:  # (N, D) -> 1 .. D
     "Count the directions in which features vary, weighted by their variance."
     variances = torch.linalg.svdvals((features - features.mean(0)).double()).square()
@@ -78,7 +78,7 @@ def features_of(
         hook.remove()
     return torch.cat(found)
 
-# %% ../nbs/09_studies.ipynb #cf2dadaa
+# %% ../nbs/09_studies.ipynb #c35b3615
 def demo(data: str = "shapes", out: str = "runs/demo", **_: Any) -> None:
     "Train basic_attn and spatial_attn on the built-in images and write a report of each: `make run`."
     images = load_data(data)
