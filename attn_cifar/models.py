@@ -6,8 +6,7 @@
 __all__ = ['MODELS', 'Ultimus', 'record_attention', 'conv_block', 'BasicAttention', 'SpatialAttention', 'ModelEntry',
            'list_models', 'create_model', 'count_parameters', 'count_macs', 'describe_model']
 
-# %% ../nbs/01_models.ipynb #c6eeb155
-import math
+# %% ../nbs/01_models.ipynb #fa71b3e4
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/01_models.ipynb #36193e30
+# %% ../nbs/01_models.ipynb #cd1cbb61
 class Ultimus(nn.Module):
     "Attend with one head: over positions for (B, T, embed_dim), over the head's channels for (B, embed_dim). No residual."
 
@@ -53,7 +52,7 @@ class Ultimus(nn.Module):
             mixed = attention @ value
         return self.out(mixed.squeeze(-1) if x.ndim == 2 else mixed)
 
-# %% ../nbs/01_models.ipynb #d3911753
+# %% ../nbs/01_models.ipynb #853ba25b
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     "Let every `Ultimus` of `model` keep its attention matrices (B, T, T), by module name, one entry a call."
@@ -68,7 +67,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         for name, block in blocks.items():
             block.recorded = before[name]
 
-# %% ../nbs/01_models.ipynb #6ba62c87
+# %% ../nbs/01_models.ipynb #8d476ca5
 def conv_block(in_channels: int, out_channels: int, pool: int = 1) -> nn.Sequential:
     "Return upstream's 3×3 convolution → ReLU → batch normalisation, then a max-pool by `pool`."
     layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(out_channels)]
@@ -99,7 +98,7 @@ class BasicAttention(nn.Module):
             features = self.Ultimus(features)
         return self.fc1(features)
 
-# %% ../nbs/01_models.ipynb #d70f2914
+# %% ../nbs/01_models.ipynb #d523ee0d
 class SpatialAttention(nn.Module):
     "The same convolutions and blocks with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
 
@@ -122,7 +121,7 @@ class SpatialAttention(nn.Module):
             tokens = tokens + block(norm(tokens))
         return self.fc1(tokens.mean(1))
 
-# %% ../nbs/01_models.ipynb #14059cc6
+# %% ../nbs/01_models.ipynb #4c732ec3
 @dataclass(frozen=True)
 class ModelEntry:
     "Say how a registered model is made, and by which recipe it is trained unless another is asked for."
