@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #9bcab907
+# %% ../nbs/08_cli.ipynb #355a5783
 import argparse
 import json
 import logging
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .data import InputError
 
-# %% ../nbs/08_cli.ipynb #bea0cee1
+# %% ../nbs/08_cli.ipynb #fa5aba67
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
 
@@ -71,7 +71,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None):
         raise InputError("this run does not say where its images came from: give --data")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
-# %% ../nbs/08_cli.ipynb #39c00ab3
+# %% ../nbs/08_cli.ipynb #21c857c1
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     "Train a model, write its run folder and its report."
     import torch
@@ -211,7 +211,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     run_study(arguments.name, data=arguments.data, out=arguments.out)
 
-# %% ../nbs/08_cli.ipynb #08278253
+# %% ../nbs/08_cli.ipynb #a811cdf0
 _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit']
 
-# %% ../nbs/03_training.ipynb #6fc3ad88
+# %% ../nbs/03_training.ipynb #ecda8883
 import copy
 import json
 import logging
@@ -32,7 +32,7 @@ from .state import TrainingState, unwrap, write_tensors
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_training.ipynb #d80476c7
+# %% ../nbs/03_training.ipynb #04c7b03e
 class _Loss:
     "Compute loss and number of right answers of a batch, compiled where the engine says so."
 
@@ -64,7 +64,7 @@ class _Loss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_training.ipynb #aad140ac
+# %% ../nbs/03_training.ipynb #06dd3642
 def fit(
     model: nn.Module,
     data: ImageData,
