@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['smooth', 'LRRangeTest', 'read_curve', 'find_lr', 'fit_with_suggestion']
 
-# %% ../nbs/04_lr_finder.ipynb #2efcc90d
+# %% ../nbs/04_lr_finder.ipynb #4a68e214
 import json
 import math
 import os
@@ -23,7 +23,7 @@ from .data import Batches, ImageData, InputError
 from .state import TrainingState, unwrap
 from .training import Recipe, Run, choose_engine, choose_recipe, fit, make_optimizer, refuse_other_run
 
-# %% ../nbs/04_lr_finder.ipynb #2a2f06e9
+# %% ../nbs/04_lr_finder.ipynb #b8a7b993
 def smooth(
     values: np.ndarray,  # float (N,)
     beta: float = 0.9,  # 0: none; 0.98: a long memory
@@ -35,7 +35,7 @@ def smooth(
         smoothed[i] = average / (1 - beta ** (i + 1))
     return smoothed
 
-# %% ../nbs/04_lr_finder.ipynb #5f406b63
+# %% ../nbs/04_lr_finder.ipynb #1ff86a29
 @dataclass(frozen=True)
 class LRRangeTest:
     "Hold the result of an LR range test; usable without a plot."
@@ -91,7 +91,7 @@ def read_curve(
     points = {"steep": steep, "minimum": minimum, "minimum/10": minimum / 10}
     return LRRangeTest(lrs, losses, smoothed, points["minimum/10"], None, points)
 
-# %% ../nbs/04_lr_finder.ipynb #0a3dfb55
+# %% ../nbs/04_lr_finder.ipynb #11e3021b
 def find_lr(
     model: nn.Module,
     data: ImageData | Iterable,  # a data set, or any loader of (images, labels)
@@ -179,7 +179,7 @@ def _sweep(model, loader, optimizer, criterion, lrs, diverge, beta, engine) -> t
             break
     return lrs[:len(losses)], np.array(losses)
 
-# %% ../nbs/04_lr_finder.ipynb #5b8e78da
+# %% ../nbs/04_lr_finder.ipynb #1faced53
 def fit_with_suggestion(
     model: nn.Module,
     data: ImageData,

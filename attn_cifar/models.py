@@ -6,18 +6,17 @@
 __all__ = ['MODELS', 'Ultimus', 'record_attention', 'conv_block', 'BasicAttention', 'SpatialAttention', 'ModelEntry',
            'list_models', 'create_model', 'count_parameters', 'count_macs', 'describe_model']
 
-# %% ../nbs/01_models.ipynb #fa71b3e4
+# %% ../nbs/01_models.ipynb #750787c9
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/01_models.ipynb #cd1cbb61
+# %% ../nbs/01_models.ipynb #81ba067e
 class Ultimus(nn.Module):
     "Attend with one head: over positions for (B, T, embed_dim), over the head's channels for (B, embed_dim). No residual."
 
@@ -44,15 +43,13 @@ class Ultimus(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.project(x)
-        if self.recorded is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        else:
-            attention = (query @ key.transpose(-2, -1) * self.scale).softmax(-1)
+        attention = (query @ key.transpose(-2, -1) * self.scale).softmax(-1)
+        if self.recorded is not None:
             self.recorded.append(attention)
-            mixed = attention @ value
+        mixed = attention @ value
         return self.out(mixed.squeeze(-1) if x.ndim == 2 else mixed)
 
-# %% ../nbs/01_models.ipynb #853ba25b
+# %% ../nbs/01_models.ipynb #68154280
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     "Let every `Ultimus` of `model` keep its attention matrices (B, T, T), by module name, one entry a call."
@@ -67,7 +64,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         for name, block in blocks.items():
             block.recorded = before[name]
 
-# %% ../nbs/01_models.ipynb #8d476ca5
+# %% ../nbs/01_models.ipynb #f94acdca
 def conv_block(in_channels: int, out_channels: int, pool: int = 1) -> nn.Sequential:
     "Return upstream's 3×3 convolution → ReLU → batch normalisation, then a max-pool by `pool`."
     layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(out_channels)]
@@ -98,7 +95,7 @@ class BasicAttention(nn.Module):
             features = self.Ultimus(features)
         return self.fc1(features)
 
-# %% ../nbs/01_models.ipynb #d523ee0d
+# %% ../nbs/01_models.ipynb #55a92b8e
 class SpatialAttention(nn.Module):
     "The same convolutions and blocks with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
 
@@ -121,7 +118,7 @@ class SpatialAttention(nn.Module):
             tokens = tokens + block(norm(tokens))
         return self.fc1(tokens.mean(1))
 
-# %% ../nbs/01_models.ipynb #4c732ec3
+# %% ../nbs/01_models.ipynb #5aee42b3
 @dataclass(frozen=True)
 class ModelEntry:
     "Say how a registered model is made, and by which recipe it is trained unless another is asked for."
@@ -173,7 +170,7 @@ def count_macs(
     like = next(model.parameters())
     try:
         model.eval()
-        with torch.no_grad(), record_attention(model), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype))
     finally:
         for module, training in modes.items():

@@ -4,20 +4,27 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'RECIPES', 'Recipe', 'choose_recipe', 'make_optimizer', 'make_scheduler', 'current_momentum', 'Engine',
-           'choose_engine', 'autocast']
+           'choose_engine', 'autocast', 'BatchLoss', 'keep_memory']
 
-# %% ../nbs/03_recipes.ipynb #cbbfcf35
+# %% ../nbs/03_recipes.ipynb #e9d6d07d
+import ctypes
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .data import Augmentation, InputError
 from .models import MODELS, count_macs
 
-# %% ../nbs/03_recipes.ipynb #a7a2aa1a
+_log = logging.getLogger("attn_cifar")
+
+# %% ../nbs/03_recipes.ipynb #d4e78b89
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -98,7 +105,7 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_recipes.ipynb #cc73f224
+# %% ../nbs/03_recipes.ipynb #30875dbe
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
@@ -127,7 +134,7 @@ def choose_engine(
     if precision not in ("float32", "bfloat16", "float16"):
         raise InputError(f"unknown precision {precision!r}: choose float32, bfloat16 or float16")
     if compile is None:
-        break_even = {"cpu": 5e11, "cuda": 2.5e13}.get(device, float("inf"))  # multiply-accumulates
+        break_even = {"cpu": 1e12, "cuda": 2.5e13}.get(device, float("inf"))  # multiply-accumulates
         compile = sys.platform != "win32" and images * count_macs(model, image_size) > break_even
     return Engine(device, precision, bool(compile))
 
@@ -139,3 +146,62 @@ def autocast(
     "Return PyTorch's context for computing in a precision; with float32 it does nothing."
     kind = torch.device(device).type
     return torch.autocast(kind, getattr(torch, precision), enabled=precision != "float32")
+
+# %% ../nbs/03_recipes.ipynb #510ec6e6
+class BatchLoss:
+    "Compute the loss of a batch and its number of right answers, compiled where the engine says so."
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,  # gives label smoothing, L1 term and the batch size that is compiled for
+        engine: Engine,
+    ):
+        self.model, self.recipe, self.engine = model, recipe, engine
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports a missing GPU when compiling
+        mode = "reduce-overhead" if engine.device == "cuda" else None  # CUDA graphs: launching small kernels takes longer than they
+        self.compiled = torch.compile(self.eager, dynamic=False, mode=mode) if engine.compile else None
+        self.checked = False
+
+    def eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        "Compute without compilation: float (B, 3, H, W) and int64 (B,) to two scalars."
+        with autocast(self.engine.device, self.engine.precision):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+        if self.recipe.l1_factor:
+            loss = loss + self.recipe.l1_factor * sum(p.abs().mean() for p in self.model.parameters() if p.requires_grad)
+        return loss, (logits.argmax(1) == labels).sum()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.compiled is None or len(images) != self.recipe.batch_size:  # another size would be compiled anew
+            return self.eager(images, labels)
+        if self.checked:
+            return self.compiled(images, labels)
+        try:
+            result, self.checked = self.compiled(images, labels), True
+            return result
+        except RuntimeError as error:  # no C++ compiler, say; an error of the model itself comes again below
+            _log.warning("torch.compile is not available here, training goes on without it (%s)", str(error).splitlines()[0])
+            self.compiled = None
+            return self.eager(images, labels)
+
+# %% ../nbs/03_recipes.ipynb #177c1008
+@contextmanager
+def keep_memory() -> Iterator[None]:
+    "Let the process keep the memory it frees, for reuse; afterwards give it back. Does nothing without the GNU C library."
+    try:
+        library = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+    except OSError:
+        library = None
+    if library is None or not hasattr(library, "mallopt"):
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # mallopt(3): free memory at the top that is given back, size of its own mapping
+    library.mallopt(trim_threshold, 2**31 - 1)
+    library.mallopt(mmap_threshold, 2**30)
+    try:
+        yield
+    finally:  # where glibc's own adaptive thresholds end up after large blocks were freed
+        library.mallopt(trim_threshold, 2**26)
+        library.mallopt(mmap_threshold, 2**25)
+        library.malloc_trim(0)

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['fit']
 
-# %% ../nbs/03_training.ipynb #ecda8883
+# %% ../nbs/03_training.ipynb #6007d102
 import copy
 import json
-import logging
 import os
 import shutil
 import time
@@ -19,52 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Batches, ImageData, InputError, unnormalize
 from .models import count_parameters
-from .recipes import (  # noqa: F401, handed on: one import serves a whole training
-    RECIPES, Engine, Recipe, autocast, choose_engine, choose_recipe, current_momentum, make_optimizer, make_scheduler)
+from attn_cifar.recipes import (  # noqa: F401, handed on: one import serves a whole training
+    RECIPES, BatchLoss, Engine, Recipe, autocast, choose_engine, choose_recipe, current_momentum, keep_memory, make_optimizer,
+    make_scheduler)
 from .runs import (  # noqa: F401, likewise
     Evaluation, Run, describe_machine, evaluate, load_run, refuse_other_run, write_csv, write_text)
 from .state import TrainingState, unwrap, write_tensors
 
-_log = logging.getLogger("attn_cifar")
-
-# %% ../nbs/03_training.ipynb #04c7b03e
-class _Loss:
-    "Compute loss and number of right answers of a batch, compiled where the engine says so."
-
-    def __init__(self, model: nn.Module, recipe: Recipe, engine: Engine, batch_size: int):
-        self.model, self.recipe, self.engine, self.batch_size = model, recipe, engine, batch_size
-        self.device = torch.device(engine.device)
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports a missing GPU when compiling
-        self.compiled = torch.compile(self.eager, dynamic=False) if engine.compile else None
-        self.checked = False
-
-    def eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(self.device, self.engine.precision):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        if self.recipe.l1_factor:
-            loss = loss + self.recipe.l1_factor * sum(p.abs().mean() for p in self.model.parameters() if p.requires_grad)
-        return loss, (logits.argmax(1) == labels).sum()
-
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.compiled is None or len(images) != self.batch_size:  # another size would be compiled anew
-            return self.eager(images, labels)
-        if self.checked:
-            return self.compiled(images, labels)
-        try:
-            result, self.checked = self.compiled(images, labels), True
-            return result
-        except RuntimeError as error:  # no C++ compiler, say; an error of the model itself comes again below
-            _log.warning("torch.compile is not available here, training goes on without it (%s)", str(error).splitlines()[0])
-            self.compiled = None
-            return self.eager(images, labels)
-
-# %% ../nbs/03_training.ipynb #06dd3642
+# %% ../nbs/03_training.ipynb #5b636182
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -107,12 +72,13 @@ def fit(
     if folder is not None and (folder / "checkpoint" / "state.safetensors").exists():
         notes = state.load(folder / "checkpoint" / "state.safetensors")
         run.history, run.steps = notes["history"], notes["steps"]
-    loss_of = _Loss(model, recipe, engine, recipe.batch_size)
+    loss_of = BatchLoss(model, recipe, engine)
     logger = _Logger(run, data, batches) if folder is not None else None
     try:
         for epoch in range(len(run.history), recipe.epochs):
-            row = {"epoch": epoch + 1, **_train_epoch(loss_of, batches, optimizer, scheduler, scaler, run, verbose)}
-            run.evaluation = evaluate(model, data, precision=engine.precision)
+            with keep_memory():
+                row = {"epoch": epoch + 1, **_train_epoch(loss_of, batches, optimizer, scheduler, scaler, run, verbose)}
+                run.evaluation = evaluate(model, data, precision=engine.precision)
             row |= {"test_loss": run.evaluation.loss, "test_accuracy": run.evaluation.accuracy, "lr": run.steps["lr"][-1],
                     "seconds": row.pop("seconds")}
             run.history.append(row)
@@ -130,15 +96,18 @@ def fit(
     return run
 
 
-def _train_epoch(loss_of: _Loss, batches: Batches, optimizer, scheduler, scaler, run: Run, verbose: bool) -> dict[str, float]:
+def _train_epoch(loss_of: BatchLoss, batches: Batches, optimizer, scheduler, scaler, run: Run, verbose: bool) -> dict[str, float]:
     "Train one epoch without once waiting for the device; return the means."
     from tqdm import tqdm
 
-    model, started = loss_of.model, time.perf_counter()
+    started = time.perf_counter()
     losses = torch.zeros(len(batches), device=batches.images.device)
     correct = torch.zeros((), dtype=torch.int64, device=batches.images.device)
     sizes, lrs, momenta = [], [], []
+    on_gpu = loss_of.engine.device == "cuda"
     for step, (images, labels) in enumerate(tqdm(batches, disable=None if verbose else True, leave=False, unit="step")):
+        if on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()
         loss, right = loss_of(images, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -157,8 +126,6 @@ def _train_epoch(loss_of: _Loss, batches: Batches, optimizer, scheduler, scaler,
         where = f"; the last good checkpoint is in {run.folder / 'checkpoint'}" if run.folder and run.history else ""
         raise FloatingPointError(f"the loss is {values[bad]} at step {len(run.steps['loss']) - len(values) + bad + 1}, learning "
                                  f"rate {lrs[bad]:.3g}: choose a smaller max_lr{where}")
-    if unwrap(model).training is False:
-        raise RuntimeError("the model left training mode")
     return {"train_loss": float(np.average(values, weights=sizes)), "train_accuracy": correct.item() / sum(sizes),
             "seconds": time.perf_counter() - started}
 
