@@ -6,7 +6,7 @@
 __all__ = ['NO_AUGMENTATION', 'BLOCK', 'InputError', 'normalize', 'unnormalize', 'Augmentation', 'albumentations_pipeline',
            'AlbumentationsTransform', 'ImageDataset', 'Batches']
 
-# %% ../nbs/00_batches.ipynb #9dd9fb66
+# %% ../nbs/00_batches.ipynb #46b64260
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from torch import Tensor
 class InputError(ValueError):
     "Report something the user can put right: a wrong name, value, file or folder."
 
-# %% ../nbs/00_batches.ipynb #3f8cdaf3
+# %% ../nbs/00_batches.ipynb #21b67698
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     "Shape three numbers so that they broadcast over (B, 3, H, W)."
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
@@ -48,7 +48,7 @@ def unnormalize(
     "Undo `normalize` for display: float (B, 3, H, W), clipped to 0..1."
     return (batch * _channels(std, batch) + _channels(mean, batch)).clamp(0, 1)
 
-# %% ../nbs/00_batches.ipynb #ecb7c159
+# %% ../nbs/00_batches.ipynb #d3039086
 @dataclass(frozen=True)
 class Augmentation:
     "Say what may happen to a training image; the defaults are upstream's (S9). `NO_AUGMENTATION` does nothing."
@@ -145,13 +145,14 @@ def _squares(drawn: dict[str, Tensor], cut: Tensor, side: int, height: int, widt
     columns = torch.minimum(drawn["left"][cut, None] + steps, drawn["right"][cut, None] - 1)
     return ((cut[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]).view(-1)
 
-# %% ../nbs/00_batches.ipynb #260f8e15
+# %% ../nbs/00_batches.ipynb #67d63ebf
 def albumentations_pipeline(
     augmentation: Augmentation,  # what may happen to an image
     mean: tuple[float, ...],  # see `normalize`
     std: tuple[float, ...],
     size: tuple[int, int] = (32, 32),  # (H, W) of the images in pixels
     seed: int | None = None,  # of its own random stream
+    report: bool = False,  # say what was drawn, as "applied_transforms" beside the image; takes time
 ):  # albumentations.Compose
     "Return `augmentation` as an albumentations pipeline: call it with `image=` uint8 (H, W, 3); it returns float HWC."
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for a newer version on the network
@@ -180,7 +181,7 @@ def albumentations_pipeline(
         A.RandomCrop(height, width),
         A.HorizontalFlip(p=augmentation.flip_prob),
         Cutout(p=augmentation.cutout_prob if augmentation.cutout else 0),
-    ], seed=seed, save_applied_params=True)
+    ], seed=seed, save_applied_params=report)
 
 
 class AlbumentationsTransform:
@@ -222,7 +223,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(self.images[index]), int(self.labels[index])
 
-# %% ../nbs/00_batches.ipynb #0e0f7a2f
+# %% ../nbs/00_batches.ipynb #a59c65e0
 BLOCK = 512, 8192  # images augmented at a time: what stays in a processor's cache, what keeps a GPU busy
 
 

@@ -6,7 +6,7 @@
 __all__ = ['DEMO_EPOCHS', 'STUDIES', 'summarize_run', 'train_each', 'format_table', 'participation_ratio', 'features_of', 'demo',
            'reproduction', 'store_results', 'run_study']
 
-# %% ../nbs/09_studies.ipynb #6653d239
+# %% ../nbs/09_studies.ipynb #be084fde
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -20,9 +20,10 @@ from .data import ImageData, InputError, load_data
 from .lr_finder import fit_with_suggestion
 from .models import count_macs, create_model
 from .report import make_report
+from .speed import speed
 from .training import Run, evaluate, load_run
 
-# %% ../nbs/09_studies.ipynb #1a5444d7
+# %% ../nbs/09_studies.ipynb #f656f637
 def summarize_run(run: Run) -> dict[str, Any]:
     "Return what a study stores of a run: configuration, multiply-accumulates, every epoch, seconds, last accuracy."
     config = {key: value for key, value in run.config.items() if key != "notes"}
@@ -57,7 +58,7 @@ def format_table(runs: list[Run]) -> str:
                      f"{row['recipe']['max_lr']:8.2g} {row['test_accuracy']:13.2%} {row['seconds']:8.0f}")
     return "\n".join(lines)
 
-# %% ../nbs/09_studies.ipynb #5e4d91ef
+# %% ../nbs/09_studies.ipynb #df174a95
 def participation_ratio(features: Tensor) -> float:  # (N, D) -> 1 .. D
     "Count the directions in which features vary, weighted by their variance."
     variances = torch.linalg.svdvals((features - features.mean(0)).double()).square()
@@ -78,7 +79,7 @@ def features_of(
         hook.remove()
     return torch.cat(found)
 
-# %% ../nbs/09_studies.ipynb #c35b3615
+# %% ../nbs/09_studies.ipynb #2223f357
 def demo(data: str = "shapes", out: str = "runs/demo", **_: Any) -> None:
     "Train basic_attn and spatial_attn on the built-in images and write a report of each: `make run`."
     images = load_data(data)
@@ -110,7 +111,7 @@ def store_results(path: str | os.PathLike, study: str, runs: list[Run], **column
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reproduction}
+STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reproduction, "speed": speed}
 
 
 def run_study(
