@@ -6,7 +6,7 @@
 __all__ = ['RECIPE', 'LOOPS', 'Clock', 'upstream_loop', 'lightning_loop', 'fastai_loop', 'our_loop', 'measure_loop',
            'peak_memory']
 
-# %% ../nbs/09_peers.ipynb #4496402a
+# %% ../nbs/09_peers.ipynb #7388c58b
 import shutil
 import tempfile
 import time
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from .data import AlbumentationsTransform, ImageData, ImageDataset
 from .models import create_model
 from .training import RECIPES, choose_engine, fit
 
-# %% ../nbs/09_peers.ipynb #57ed1e73
+# %% ../nbs/09_peers.ipynb #d43f715a
 class Clock:
     "Note when steps end, whichever loop makes them."
 
@@ -65,7 +66,7 @@ class Clock:
         warm = max(1, self.steps // 5)
         return (self.at[self.steps] - self.at[warm]) / (self.steps - warm)
 
-# %% ../nbs/09_peers.ipynb #0649c4ae
+# %% ../nbs/09_peers.ipynb #c5cde9ef
 RECIPE = RECIPES["upstream"]
 
 
@@ -122,7 +123,7 @@ def upstream_loop(
             bar.set_description(f"loss {losses[-1]:.4f} accuracy {100 * correct / processed:.2f}")
     return losses
 
-# %% ../nbs/09_peers.ipynb #45b0a1b9
+# %% ../nbs/09_peers.ipynb #655441aa
 class _Tuned(nn.Module):
     "What an expert would wrap around a network: compiled, channels_last, bfloat16."
 
@@ -193,17 +194,29 @@ def fastai_loop(model: nn.Module, data: ImageData, batch_size: int, max_lr: floa
         learner.fit_one_cycle(1, max_lr, **schedule)
     return torch.stack(losses).tolist()
 
-# %% ../nbs/09_peers.ipynb #6b8ce7e5
-def our_loop(model: nn.Module, data: ImageData, batch_size: int, max_lr: float, seed: int, folder: Path) -> list[float]:
-    "Train one epoch with `fit`; the arguments are those of `upstream_loop`."
-    engine = choose_engine(model, 24 * 50_000, data.train_images.shape[1])
-    run = fit(model, data, recipe=RECIPE, epochs=1, batch_size=batch_size, max_lr=max_lr, seed=seed, out=folder / "run",
-              compile=engine.compile, verbose=False)
-    return run.steps["loss"]
+# %% ../nbs/09_peers.ipynb #6a89cac4
+def our_loop(
+    model: nn.Module,
+    data: ImageData,
+    batch_size: int,
+    max_lr: float,
+    seed: int,
+    folder: Path,
+    keep: bool = True,  # False: without `keep_memory`
+    **options: Any,  # of `fit`: compile=…, precision=…
+) -> list[float]:
+    "Train one epoch with `fit`; the other arguments are those of `upstream_loop`."
+    options = {"compile": choose_engine(model, 24 * 50_000, data.train_images.shape[1]).compile, **options}
+    with nullcontext() if keep else mock.patch("attn_cifar.training.keep_memory", nullcontext):
+        return fit(model, data, recipe=RECIPE, epochs=1, batch_size=batch_size, max_lr=max_lr, seed=seed, out=folder / "run",
+                   verbose=False, **options).steps["loss"]
 
 
 LOOPS: dict[str, tuple[Callable[..., list[float]], dict[str, Any], str | None]] = {  # function, its options, package it needs
     "ours": (our_loop, {}, None),
+    "ours, not compiled": (our_loop, {"compile": False}, None),
+    "ours, float32": (our_loop, {"precision": "float32"}, None),
+    "ours, memory given back": (our_loop, {"keep": False}, None),
     "upstream, 0 workers": (upstream_loop, {"workers": 0}, "albumentations"),
     "upstream, 2 workers": (upstream_loop, {"workers": 2}, "albumentations"),
     "Lightning": (lightning_loop, {}, "lightning"),
