@@ -9,7 +9,7 @@ RUFF += --extend-exclude _modidx.py --ignore E402,W292,B018,B905 \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
-.PHONY: run test export readme clean
+.PHONY: run test bench export readme clean
 
 run: .venv/.installed
 	@$(BIN)/python -m attn_cifar study demo
@@ -20,6 +20,10 @@ test: .venv/.installed-dev
 	@echo "lint" && $(RUFF) attn_cifar tests nbs setup.py .github
 	@echo "notebooks" && $(BIN)/nbdev_test --n_workers 2
 	@echo "tests" && $(BIN)/python -m pytest -q -rs -n 2 tests
+
+# Measure training through other loops and ours; DATA=folder for images other than the downloaded CIFAR-10.
+bench: .venv-bench/.installed
+	@.venv-bench/bin/python -m attn_cifar study speed $(if $(DATA),--data $(DATA))
 
 export: .venv/.installed-dev
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
@@ -39,6 +43,11 @@ $(BIN)/pip:
 .venv/.installed: settings.ini setup.py | $(BIN)/pip
 	@echo "installing into .venv: minutes, and gigabytes unless torch is the CPU-only one (see README)"
 	@$(BIN)/python -m pip install -q --use-pep517 -e . && touch $@
+
+.venv-bench/.installed: settings.ini setup.py
+	@$(PYTHON) -m venv .venv-bench
+	@echo "installing into .venv-bench: minutes, and gigabytes"
+	@.venv-bench/bin/python -m pip install -q --use-pep517 -e '.[bench]' && touch $@
 
 .venv/.installed-dev: settings.ini setup.py | $(BIN)/pip
 	@echo "installing into .venv: minutes, and gigabytes unless torch is the CPU-only one (see README)"

@@ -25,7 +25,7 @@ setup(
     package_data={"attn_cifar": ["py.typed", "**/*.json", "**/*.safetensors"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "bench")},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )

@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['TRAININGS', 'measure_machine', 'measure_attention', 'measure_scale', 'measure_training', 'available_loops', 'speed']
 
-# %% ../nbs/09_speed.ipynb #d5a00f51
+# %% ../nbs/09_speed.ipynb #90325a46
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,10 @@ from torch import Tensor
 
 from .data import Batches, ImageData, InputError, load_data
 from .models import Ultimus, count_macs, create_model
-from .peers import LOOPS, RECIPE, measure_loop, peak_memory
+from .peers import LOOPS, RECIPE, measure_loop
 from .training import BatchLoss, choose_engine, describe_machine, fit, keep_memory
 
-# %% ../nbs/09_speed.ipynb #569b96ee
+# %% ../nbs/09_speed.ipynb #0e0d850a
 def measure_machine(
     data: ImageData,
     size: int = 4096,  # of the square matrices
@@ -85,7 +88,7 @@ def measure_attention(
                    for name, loss_of in steps.items()}
     return {f"{name}_images_per_second": len(labels) / value for name, value in seconds.items()}
 
-# %% ../nbs/09_speed.ipynb #beb1c7a8
+# %% ../nbs/09_speed.ipynb #3867a83f
 def measure_scale(
     images: int,
     batch_size: int = 512,
@@ -97,13 +100,9 @@ def measure_scale(
         data = _synthetic(images, where / "images.npy")
         torch.manual_seed(0)
         model = create_model("spatial_attn").train()
-        before = _memory()
-        fit(model, data.subset(4 * batch_size, 100), recipe=RECIPE, epochs=1, batch_size=batch_size, compile=False, verbose=False)
-        warm = _memory()
-        run = fit(model, data, recipe=RECIPE, epochs=1, batch_size=batch_size, compile=False, verbose=False)
-        return {"loop": "scale", "images": images, "seconds": run.history[0]["seconds"], "steps": len(run.steps["loss"]),
-                "data_mb": data.train_images.nbytes / 2**20, "before_mb": before, "warm_mb": warm, "after_mb": _memory(),
-                **peak_memory()}
+        with _watch_memory() as peak:
+            run = fit(model, data, recipe=RECIPE, epochs=1, batch_size=batch_size, compile=False, verbose=False)
+        return {"loop": "scale", "images": images, "seconds": run.history[0]["seconds"], "steps": len(run.steps["loss"]), **peak}
     finally:
         shutil.rmtree(where, ignore_errors=True)
 
@@ -124,16 +123,30 @@ def _synthetic(images: int, path: Path) -> ImageData:
     return ImageData(mapped, labels, test, labels[:100], tuple(map(str, range(10))), (0.4,) * 3, (0.2,) * 3, "synthetic")
 
 
-def _memory() -> dict[str, float]:
-    "Return the process's resident memory in MB: its own, and pages of files. Empty where the system does not tell."
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return {}
-    found = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
-    return {"own": int(found["RssAnon"].split()[0]) / 1024, "files": int(found["RssFile"].split()[0]) / 1024}
+@contextmanager
+def _watch_memory() -> Iterator[dict[str, float]]:
+    "Note the process's largest resident memory inside, in MB: its own, and pages of files. Empty where the system does not tell."
+    peak: dict[str, float] = {}
+    done = threading.Event()
 
-# %% ../nbs/09_speed.ipynb #c7665480
+    def watch() -> None:
+        while not done.wait(0.05):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            found = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
+            for name, key in (("own_peak_mb", "RssAnon"), ("file_peak_mb", "RssFile")):
+                peak[name] = max(peak.get(name, 0.0), int(found[key].split()[0]) / 1024)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if Path("/proc/self/status").exists():
+        watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        if watcher.is_alive():
+            watcher.join()
+
+# %% ../nbs/09_speed.ipynb #fae53788
 def measure_training(
     arguments: list[str],  # of `attn-cifar train`, without data, seed and folder
     source: str,  # as for `load_data`
@@ -143,32 +156,35 @@ def measure_training(
     with tempfile.TemporaryDirectory() as folder:
         started = time.time()
         words = ["train", *arguments, "--data", source, "--seed", str(seed), "--out", f"{folder}/run", "--json"]
-        done = _run(["-m", "attn_cifar", *words], folder)
+        done = _run(["-m", "attn_cifar", *words], folder, f"{folder}/compiled")
         seconds = time.time() - started
     result = json.loads(done.stdout.strip().splitlines()[-1])
     return {"loop": "train", "seconds": seconds, "test_accuracy": result["test_accuracy"], "epochs": result["epoch"],
             "training_seconds": result["seconds"]}
 
 
-def _run(words: list[str], folder: str) -> subprocess.CompletedProcess:
-    "Run Python with an empty compile cache. Raises `InputError` with its last words."
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled", "NO_ALBUMENTATIONS_UPDATE": "1"}
+def _run(words: list[str], folder: str, compiled: str | os.PathLike) -> subprocess.CompletedProcess:
+    "Run Python with a compile cache of its own. Raises `InputError` with its last words."
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled), "NO_ALBUMENTATIONS_UPDATE": "1"}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise InputError(f"{' '.join(words[:3])} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     return done
 
-# %% ../nbs/09_speed.ipynb #b9aca4d4
-def _child(job: dict[str, Any], source: str) -> dict[str, Any]:
+# %% ../nbs/09_speed.ipynb #fe2b580f
+def _child(job: dict[str, Any], source: str, caches: Path | None = None) -> dict[str, Any]:
     "Make one measurement in a new process. Raises `InputError`."
     if job["measure"] == "train":
         return measure_training(job["arguments"], source, job["seed"])
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
+        answer, compiled = Path(folder) / "answer.json", Path(folder) / "compiled"
+        if caches is not None and job["seed"]:
+            compiled = caches / re.sub(r"\W+", "_", f"{job['measure']} {job.get('batch_size')}")  # compilers dislike blanks
+        cold = not compiled.exists()
         call = {"job": job, "source": source, "answer": str(answer), "started": time.time()}
         _run(["-c", "import json, sys; from attn_cifar.speed import _answer; _answer(json.loads(sys.argv[1]))", json.dumps(call)],
-             folder)
-        return json.loads(answer.read_text())
+             folder, compiled)
+        return json.loads(answer.read_text()) | {"cold": cold}
 
 
 def _answer(call: dict[str, Any]) -> None:
@@ -200,7 +216,7 @@ def _jobs(rounds: int, images: int, scales: tuple[int, ...], trainings: tuple[st
     for seed in range(rounds):
         jobs.append({"measure": "machine", "images": images, "seed": seed})
         jobs += [{"measure": name, "batch_size": batch_size, "images": images, "seed": seed}
-                 for batch_size in (64, 512) for name in available_loops()]
+                 for batch_size in (64, 512) for name in available_loops() if seed < 3 or not name.startswith("ours,")]
     jobs += [{"measure": "scale", "images": count, "seed": seed} for seed in range(min(rounds, 3)) for count in scales]
     return jobs + [{"measure": "train", "arguments": arguments.split(), "seed": seed} for arguments in trainings
                    for seed in range(min(rounds, 3))]
@@ -224,12 +240,11 @@ def speed(
     data = os.path.abspath(data) if Path(data).is_dir() else data
     images = images or (50_000 if torch.cuda.is_available() else 10_240)
     done = [entry["job"] for entry in stored["measurements"]]
-    for job in _jobs(rounds, images, scales, trainings):
-        if job in done:
-            continue
-        result = _child(job, data)
-        stored["measurements"].append({"job": job, **result})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(stored, indent=1) + "\n")
-        print(json.dumps(job), {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}, flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as caches:
+        for job in (job for job in _jobs(rounds, images, scales, trainings) if job not in done):
+            result = _child(job, data, Path(caches))
+            stored["measurements"].append({"job": job, **result})
+            path.write_text(json.dumps(stored, indent=1) + "\n")
+            print(json.dumps(job), {name: round(value, 4) for name, value in result.items() if isinstance(value, float)}, flush=True)
     print(f"stored in {path}")

@@ -24,7 +24,7 @@ def build(kind: str, source: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("source") / "attn_cifar"
-    unwanted = shutil.ignore_patterns(".venv", ".git", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+    unwanted = shutil.ignore_patterns(".venv*", ".git", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(ROOT, source, ignore=unwanted)
     return build("sdist", source, tmp_path_factory.mktemp("sdist"))
 

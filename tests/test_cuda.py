@@ -1,0 +1,78 @@
+"""The GPU's paths: skipped, visibly, where there is none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attn_cifar.data import Augmentation, Batches, load_data
+from attn_cifar.lr_finder import find_lr
+from attn_cifar.models import create_model
+from attn_cifar.training import RECIPES, BatchLoss, Engine, choose_engine, choose_recipe, fit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is at hand")
+RECIPE = choose_recipe(None, RECIPES["upstream"], {"batch_size": 32, "epochs": 2, "max_lr": 0.001})
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_data("shapes").subset(160, 100)
+
+
+def train(data, **options):
+    torch.manual_seed(0)
+    return fit(create_model("spatial_attn"), data, recipe=RECIPE, verbose=False, **options)
+
+
+def test_batches_are_those_of_the_cpu(data):
+    pair = (Batches.train(data, 32, Augmentation(flip_prob=0.5), device=device) for device in ("cpu", "cuda"))
+    for here, there in zip(*pair, strict=True):
+        assert there[0].is_cuda and torch.equal(here[1], there[1].cpu())
+        assert (here[0] - there[0].cpu()).abs().max() < 0.03, "more than one grey level"
+
+
+def test_images_that_do_not_fit_stay_outside(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (data.train_images.nbytes, 0))
+    outside = Batches.train(data, 32, Augmentation(), device="cuda")
+    monkeypatch.undo()
+    inside = Batches.train(data, 32, Augmentation(), device="cuda")
+    assert not outside.images.is_cuda and inside.images.is_cuda
+    for a, b in zip(outside, inside, strict=True):
+        assert a[0].is_cuda and torch.allclose(a[0], b[0], atol=1e-5) and torch.equal(a[1], b[1])
+
+
+def test_training_takes_the_steps_of_the_cpu(data):
+    here, there = (train(data, device=d, precision="float32", compile=False) for d in ("cpu", "cuda"))
+    assert torch.allclose(torch.tensor(here.steps["loss"]), torch.tensor(there.steps["loss"]), atol=0.01)
+
+
+@pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.999), ("bfloat16", 0.99)])
+def test_compiled_gradients_are_those_of_plain_float32(precision, cosine):
+    gradients = []
+    for engine in (Engine("cuda", "float32", False), Engine("cuda", precision, True)):
+        torch.manual_seed(0)
+        model = create_model("spatial_attn").cuda().to(memory_format=torch.channels_last)
+        images = torch.randn(32, 3, 32, 32).cuda().contiguous(memory_format=torch.channels_last)
+        loss_of = BatchLoss(model, RECIPE, engine)
+        loss_of(images, torch.arange(32, device="cuda") % 10)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert F.cosine_similarity(*gradients, 0) > cosine
+
+
+def test_the_default_engine_trains_and_resumes(data, tmp_path):
+    assert choose_engine(create_model("spatial_attn"), 10, 32).device == "cuda"
+    whole = train(data, out=tmp_path / "whole")
+    again = train(data, out=tmp_path / "whole", resume=True)
+    assert again.history == whole.history and whole.history[-1]["train_loss"] < whole.history[0]["train_loss"]
+
+
+def test_float16_scales_its_gradients(data):
+    assert train(data, precision="float16").history[-1]["train_loss"] < 2.4
+
+
+def test_the_range_test_leaves_the_gpu_as_it_was(data):
+    torch.manual_seed(0)
+    model = create_model("spatial_attn").cuda()
+    before, random = [p.clone() for p in model.parameters()], torch.cuda.get_rng_state()
+    find_lr(model, data, recipe=RECIPE, num_steps=20)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(random, torch.cuda.get_rng_state())
