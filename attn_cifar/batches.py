@@ -6,7 +6,7 @@
 __all__ = ['NO_AUGMENTATION', 'BLOCK', 'InputError', 'normalize', 'unnormalize', 'Augmentation', 'albumentations_pipeline',
            'AlbumentationsTransform', 'ImageDataset', 'Batches']
 
-# %% ../nbs/00_batches.ipynb #46b64260
+# %% ../nbs/00_batches.ipynb #6aef5250
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from torch import Tensor
 class InputError(ValueError):
     "Report something the user can put right: a wrong name, value, file or folder."
 
-# %% ../nbs/00_batches.ipynb #21b67698
+# %% ../nbs/00_batches.ipynb #f3f6ca58
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     "Shape three numbers so that they broadcast over (B, 3, H, W)."
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
@@ -33,11 +33,15 @@ def normalize(
     std: tuple[float, ...],  # of each channel, in 0..1
 ) -> Tensor:
     "Return `(images / 255 - mean) / std` as float (B, 3, H, W) in channels_last order."
-    count, height, width, channels = images.shape
-    scale = (1 / (255 * _channels(std, images))).view(-1).repeat(width)  # row by row: long stretches of memory are fast
-    shift = (-_channels(mean, images) / _channels(std, images)).view(-1).repeat(width)
-    rows = torch.addcmul(shift, images.reshape(count, height, width * channels).float(), scale)
-    return rows.view(count, height, width, channels).permute(0, 3, 1, 2)
+    rows = _normalize_rows(images, mean, std)
+    return rows.view(images.shape).permute(0, 3, 1, 2)
+
+
+def _normalize_rows(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:
+    "Normalise (B, H, W, 3) to (B, H, W * 3): row by row, since long stretches of memory are fast."
+    scale = (1 / (255 * _channels(std, images))).view(-1).repeat(images.shape[2])
+    shift = (-_channels(mean, images) / _channels(std, images)).view(-1).repeat(images.shape[2])
+    return torch.addcmul(shift, images.flatten(2).float(), scale, out=out)
 
 
 def unnormalize(
@@ -48,7 +52,7 @@ def unnormalize(
     "Undo `normalize` for display: float (B, 3, H, W), clipped to 0..1."
     return (batch * _channels(std, batch) + _channels(mean, batch)).clamp(0, 1)
 
-# %% ../nbs/00_batches.ipynb #d3039086
+# %% ../nbs/00_batches.ipynb #b9c3252d
 @dataclass(frozen=True)
 class Augmentation:
     "Say what may happen to a training image; the defaults are upstream's (S9). `NO_AUGMENTATION` does nothing."
@@ -95,9 +99,7 @@ class Augmentation:
         if len(turned):
             index = turned.to(images.device, non_blocking=True)
             images = images.index_put((index,), _rotate(images.index_select(0, index), drawn["angle"][index]))
-        batch = normalize(images, mean, std)
-        if self.pad:
-            batch = _shift(batch, drawn["crop_y"], drawn["crop_x"], self.pad, mean)
+        batch = _crop(images, drawn, self.pad, mean, std) if self.pad else normalize(images, mean, std)
         if self.flip_prob:
             batch = torch.where(drawn["flip"].view(-1, 1, 1, 1), batch.flip(3), batch)
         if self.cutout:
@@ -123,18 +125,20 @@ def _rotate(images: Tensor, angle: Tensor) -> Tensor:
     return turned.round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _shift(batch: Tensor, crop_y: Tensor, crop_x: Tensor, pad: int, fill: tuple[float, ...]) -> Tensor:
-    "Pad (B, 3, H, W) with `fill` and crop each image at its own offset 0 .. 2 * pad."
-    count, channels, height, width = batch.shape
-    tall, wide = height + 2 * pad, width + 2 * pad
-    padded = batch.new_empty(count, tall, wide * channels)
-    padded[:] = _channels(fill, batch).view(-1).repeat(wide)
-    padded[:, pad:pad + height, pad * channels:-pad * channels] = batch.permute(0, 2, 3, 1).flatten(2)
+def _crop(images: Tensor, drawn: dict[str, Tensor], pad: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    "Normalise (B, H, W, 3), pad it with the numbers of the mean, and crop each image at its own offset 0 .. 2 * pad."
+    count, height, width, channels = images.shape
+    tall, wide, side = height + 2 * pad, width + 2 * pad, pad * channels
+    padded = torch.empty(count, tall, wide * channels, device=images.device)
+    _normalize_rows(images, mean, std, out=padded[:, pad:-pad, side:-side])
+    border = _channels(mean, images).view(-1).repeat(wide)
+    padded[:, :pad], padded[:, -pad:] = border, border
+    padded[:, pad:-pad, :side], padded[:, pad:-pad, -side:] = border[:side], border[:side]
     starts = count * tall * wide - width + 1  # each pixel starts a window of one row; windows overlap, nothing is copied
     windows = padded.view(-1).as_strided((starts, width * channels), (channels, 1))
-    image = torch.arange(count, device=batch.device)[:, None] * tall
-    rows = crop_y[:, None] + torch.arange(height, device=batch.device)
-    chosen = windows.index_select(0, ((image + rows) * wide + crop_x[:, None]).view(-1))
+    image = torch.arange(count, device=images.device)[:, None] * tall
+    rows = drawn["crop_y"][:, None] + torch.arange(height, device=images.device)
+    chosen = windows.index_select(0, ((image + rows) * wide + drawn["crop_x"][:, None]).view(-1))
     return chosen.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -145,7 +149,7 @@ def _squares(drawn: dict[str, Tensor], cut: Tensor, side: int, height: int, widt
     columns = torch.minimum(drawn["left"][cut, None] + steps, drawn["right"][cut, None] - 1)
     return ((cut[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]).view(-1)
 
-# %% ../nbs/00_batches.ipynb #67d63ebf
+# %% ../nbs/00_batches.ipynb #0a60220f
 def albumentations_pipeline(
     augmentation: Augmentation,  # what may happen to an image
     mean: tuple[float, ...],  # see `normalize`
@@ -223,7 +227,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(self.images[index]), int(self.labels[index])
 
-# %% ../nbs/00_batches.ipynb #a59c65e0
+# %% ../nbs/00_batches.ipynb #4f703995
 BLOCK = 512, 8192  # images augmented at a time: what stays in a processor's cache, what keeps a GPU busy
 
 
@@ -246,7 +250,9 @@ class Batches:
     ):
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
-        self.images, self.labels = torch.as_tensor(images).to(device), torch.as_tensor(labels).to(device)
+        self.images, self.labels, self.device = torch.as_tensor(images), torch.as_tensor(labels), torch.device(device)
+        if self.device.type != "cuda" or self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
+            self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)  # else a block at a time
         self.batch_size, self.mean, self.std, self.augmentation = batch_size, mean, std, augmentation
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.epoch, self.position = 0, 0  # the epoch under way, and the batches it has given out
@@ -271,13 +277,13 @@ class Batches:
             self.epoch, self.position = self.epoch + 1, 0
         self._fresh = False
         order, drawn = self._plan(self.epoch)
-        block = self.batch_size * max(1, BLOCK[self.images.device.type == "cuda"] // self.batch_size)
+        block = self.batch_size * max(1, BLOCK[self.device.type == "cuda"] // self.batch_size)
         end = len(self) * self.batch_size
         for start in range(self.position * self.batch_size, end, block):
             index = order[start:min(start + block, end)]
-            on_device = index.to(self.images.device, non_blocking=True)
-            images = self._augment(self.images.index_select(0, on_device), {name: all[index] for name, all in drawn.items()})
-            labels = self.labels.index_select(0, on_device)
+            where = index.to(self.images.device, non_blocking=True)
+            images, labels = (all.index_select(0, where).to(self.device) for all in (self.images, self.labels))
+            images = self._augment(images, {name: all[index] for name, all in drawn.items()})
             for batch in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
                 self.position += 1
                 yield batch

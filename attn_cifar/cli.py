@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #355a5783
+# %% ../nbs/08_cli.ipynb #d638f670
 import argparse
 import json
 import logging
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .data import InputError
 
-# %% ../nbs/08_cli.ipynb #fa5aba67
+# %% ../nbs/08_cli.ipynb #13dbc51e
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
 
@@ -71,7 +71,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None):
         raise InputError("this run does not say where its images came from: give --data")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
-# %% ../nbs/08_cli.ipynb #21c857c1
+# %% ../nbs/08_cli.ipynb #d1ba44af
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     "Train a model, write its run folder and its report."
     import torch
@@ -211,7 +211,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     run_study(arguments.name, data=arguments.data, out=arguments.out)
 
-# %% ../nbs/08_cli.ipynb #a811cdf0
+# %% ../nbs/08_cli.ipynb #8631b858
 _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
@@ -262,6 +262,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"attn-cifar: training stopped: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("attn-cifar: interrupted; train with --resume to go on from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as request:
+        print("attn-cifar: stopped; train with --resume to go on from the last checkpoint", file=sys.stderr)
+        return 143 if "SIGTERM" in request.args else 130

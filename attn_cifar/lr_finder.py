@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['smooth', 'LRRangeTest', 'read_curve', 'find_lr', 'fit_with_suggestion']
 
-# %% ../nbs/04_lr_finder.ipynb #4a68e214
+# %% ../nbs/04_lr_finder.ipynb #72ee99eb
 import json
 import math
 import os
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from .data import Batches, ImageData, InputError
 from .state import TrainingState, unwrap
-from .training import Recipe, Run, choose_engine, choose_recipe, fit, make_optimizer, refuse_other_run
+from .training import (
+    Recipe, Run, choose_engine, choose_recipe, fit, keep_memory, make_optimizer, refuse_other_run, write_text)
 
-# %% ../nbs/04_lr_finder.ipynb #b8a7b993
+# %% ../nbs/04_lr_finder.ipynb #fa696dc6
 def smooth(
     values: np.ndarray,  # float (N,)
     beta: float = 0.9,  # 0: none; 0.98: a long memory
@@ -35,7 +36,7 @@ def smooth(
         smoothed[i] = average / (1 - beta ** (i + 1))
     return smoothed
 
-# %% ../nbs/04_lr_finder.ipynb #1ff86a29
+# %% ../nbs/04_lr_finder.ipynb #56813ad8
 @dataclass(frozen=True)
 class LRRangeTest:
     "Hold the result of an LR range test; usable without a plot."
@@ -49,7 +50,7 @@ class LRRangeTest:
     def save(self, path: str | os.PathLike) -> None:
         "Write to a JSON file."
         content = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
-        Path(path).write_text(json.dumps(content) + "\n")
+        write_text(Path(path), json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LRRangeTest":
@@ -91,7 +92,7 @@ def read_curve(
     points = {"steep": steep, "minimum": minimum, "minimum/10": minimum / 10}
     return LRRangeTest(lrs, losses, smoothed, points["minimum/10"], None, points)
 
-# %% ../nbs/04_lr_finder.ipynb #11e3021b
+# %% ../nbs/04_lr_finder.ipynb #aafa8ec7
 def find_lr(
     model: nn.Module,
     data: ImageData | Iterable,  # a data set, or any loader of (images, labels)
@@ -126,7 +127,7 @@ def find_lr(
             optimizer = make_optimizer(model, recipe)
         loader = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device) \
             if isinstance(data, ImageData) else data
-        with TrainingState(model, loader, optimizer=optimizer).preserved():
+        with TrainingState(model, loader, optimizer=optimizer).preserved(), keep_memory():
             lrs, losses = _sweep(model.train(), loader, optimizer, criterion, np.geomspace(start_lr, end_lr, num_steps),
                                  diverge, beta, engine)
     finally:
@@ -179,7 +180,7 @@ def _sweep(model, loader, optimizer, criterion, lrs, diverge, beta, engine) -> t
             break
     return lrs[:len(losses)], np.array(losses)
 
-# %% ../nbs/04_lr_finder.ipynb #1faced53
+# %% ../nbs/04_lr_finder.ipynb #d95749e0
 def fit_with_suggestion(
     model: nn.Module,
     data: ImageData,

@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'RECIPES', 'Recipe', 'choose_recipe', 'make_optimizer', 'make_scheduler', 'current_momentum', 'Engine',
            'choose_engine', 'autocast', 'BatchLoss', 'keep_memory']
 
-# %% ../nbs/03_recipes.ipynb #e9d6d07d
+# %% ../nbs/03_recipes.ipynb #68d285d5
 import ctypes
 import logging
 import sys
@@ -24,7 +24,7 @@ from .models import MODELS, count_macs
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_recipes.ipynb #d4e78b89
+# %% ../nbs/03_recipes.ipynb #7427ec37
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -105,7 +105,7 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_recipes.ipynb #30875dbe
+# %% ../nbs/03_recipes.ipynb #01e83236
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
@@ -147,7 +147,7 @@ def autocast(
     kind = torch.device(device).type
     return torch.autocast(kind, getattr(torch, precision), enabled=precision != "float32")
 
-# %% ../nbs/03_recipes.ipynb #510ec6e6
+# %% ../nbs/03_recipes.ipynb #77078231
 class BatchLoss:
     "Compute the loss of a batch and its number of right answers, compiled where the engine says so."
 
@@ -185,23 +185,29 @@ class BatchLoss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_recipes.ipynb #177c1008
+# %% ../nbs/03_recipes.ipynb #4b0cb1ee
 @contextmanager
 def keep_memory() -> Iterator[None]:
     "Let the process keep the memory it frees, for reuse; afterwards give it back. Does nothing without the GNU C library."
+    global _keeping
     try:
         library = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
     except OSError:
         library = None
-    if library is None or not hasattr(library, "mallopt"):
+    if _keeping or not hasattr(library, "mallopt"):
         yield
         return
     trim_threshold, mmap_threshold = -1, -3  # mallopt(3): free memory at the top that is given back, size of its own mapping
     library.mallopt(trim_threshold, 2**31 - 1)
     library.mallopt(mmap_threshold, 2**30)
+    _keeping = True
     try:
         yield
     finally:  # where glibc's own adaptive thresholds end up after large blocks were freed
         library.mallopt(trim_threshold, 2**26)
         library.mallopt(mmap_threshold, 2**25)
         library.malloc_trim(0)
+        _keeping = False
+
+
+_keeping = False  # one inside another does nothing: the outermost one gives the memory back

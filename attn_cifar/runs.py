@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'Run', 'load_run', 'refuse_other_run', 'write_text', 'write_csv', 'describe_machine']
 
-# %% ../nbs/03_runs.ipynb #61587149
+# %% ../nbs/03_runs.ipynb #3aa1df69
 import csv
 import json
 import os
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from . import __version__
 from .data import Batches, ImageData, InputError
 from .models import MODELS, create_model
-from .recipes import autocast
+from .recipes import autocast, keep_memory
 from .state import read_tensors, unwrap, write_tensors
 
-# %% ../nbs/03_runs.ipynb #7dd224de
+# %% ../nbs/03_runs.ipynb #97b645ca
 @dataclass(frozen=True)
 class Evaluation:
     "Hold the logits of a model on a labelled set, and what follows from them."
@@ -90,7 +90,7 @@ def evaluate(
     logits, labels = [], []
     try:
         model.eval()
-        with torch.no_grad(), autocast(device, precision):
+        with torch.no_grad(), autocast(device, precision), keep_memory():
             for x, y in data:
                 logits.append(model(x.to(device)).float())
                 labels.append(y.to(device))
@@ -102,7 +102,7 @@ def evaluate(
     all_logits = torch.cat(logits).cpu()
     return Evaluation(all_logits, torch.cat(labels).cpu(), class_names or tuple(map(str, range(all_logits.shape[1]))))
 
-# %% ../nbs/03_runs.ipynb #e187a6ab
+# %% ../nbs/03_runs.ipynb #d3818393
 @dataclass
 class Run:
     "Hold one training: its configuration, what was measured, the model and its last evaluation."
@@ -124,7 +124,8 @@ def load_run(
         raise InputError(f"{folder} holds no run: there is no config.json")
     try:
         config = json.loads((folder / "config.json").read_text())
-        history = [{name: float(value) for name, value in row.items()} for row in _read_csv(folder / "metrics.csv")]
+        both = zip(_read_csv(folder / "metrics.csv"), _read_csv(folder / "timing.csv"), strict=True)
+        history = [{name: float(value) for name, value in (row | timing).items()} for row, timing in both]
         steps = {name: [float(row[name]) for row in _read_csv(folder / "steps.csv")] for name in ("lr", "momentum", "loss")}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} holds a run that cannot be read ({error})") from error

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['unwrap', 'TrainingState', 'write_tensors', 'read_tensors']
 
-# %% ../nbs/02_state.ipynb #650a2fa9
+# %% ../nbs/02_state.ipynb #cc0d702c
 import copy
 import json
 import os
 import random
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/02_state.ipynb #21b435c9
+# %% ../nbs/02_state.ipynb #588ccc1d
 def unwrap(model: nn.Module) -> nn.Module:
     "Return the module inside `torch.compile` and `DistributedDataParallel` wrappers."
     while inner := getattr(model, "_orig_mod", None) or (
@@ -78,7 +79,7 @@ class _RandomState:
         for generator, value in zip(self.generators, state["loader"], strict=True):
             generator.set_state(value)
 
-# %% ../nbs/02_state.ipynb #29434bd0
+# %% ../nbs/02_state.ipynb #5e63fecb
 class TrainingState:
     "Capture and restore everything the next training step depends on."
 
@@ -131,7 +132,7 @@ class TrainingState:
         self.restore(stored["state"])
         return stored["notes"]
 
-# %% ../nbs/02_state.ipynb #f7005206
+# %% ../nbs/02_state.ipynb #db34e6c4
 def write_tensors(
     path: str | os.PathLike,
     tree: Any,  # nested dicts, lists and tuples of tensors, arrays, numbers, texts and None
@@ -141,9 +142,9 @@ def write_tensors(
     text = json.dumps(_encode(tree, tensors))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left there is written over
     try:
-        save_file(tensors, beside, metadata={"tree": text})
+        save_file(tensors, beside, metadata={"tree": text, "checksum": _checksum(text, tensors)})
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
@@ -157,11 +158,22 @@ def read_tensors(path: str | os.PathLike) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-            return _decode(json.loads(file.metadata()["tree"]), tensors)
+            stored = file.metadata()
+        if stored["checksum"] != _checksum(stored["tree"], tensors):
+            raise ValueError("its checksum does not fit")
+        return _decode(json.loads(stored["tree"]), tensors)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged or no file of this package ({error})") from error
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    "Return the CRC-32 of a text and of tensors' bytes."
+    value = zlib.crc32(text.encode())
+    for key in sorted(tensors):
+        value = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
