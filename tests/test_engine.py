@@ -1,4 +1,4 @@
-"""The fast ways to compute against plain float32, with the real compiler, which takes too long for a notebook."""
+"""The fast ways to compute against plain arithmetic, with the real compiler, which takes too long for a notebook."""
 
 import logging
 import os
@@ -19,23 +19,24 @@ RECIPE = choose_recipe(None, RECIPES["upstream"], {"batch_size": 32})
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
-def loss_and_gradient(name: str, precision: str, compile: bool):
+def loss_and_gradient(name: str, precision: str, compile: bool, dtype: torch.dtype = torch.float32):
     """Return the loss and all gradients of one batch, from the same start each time, and whether it was compiled."""
     torch.manual_seed(0)
-    model = create_model(name).to(memory_format=torch.channels_last)
-    images = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    model = create_model(name).to(memory_format=torch.channels_last).to(dtype)
+    images = torch.randn(32, 3, 32, 32).to(dtype).contiguous(memory_format=torch.channels_last)
     loss_of = BatchLoss(model, RECIPE, Engine("cpu", precision, compile))
     loss = loss_of(images, torch.arange(32) % 10)[0]
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), loss_of.compiled is not None
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]).float(), loss_of.compiled is not None
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", ["basic_attn", "spatial_attn"])
-@pytest.mark.parametrize(("precision", "loss_off", "cosine", "length"), [("float32", 1e-5, 0.99999, 1e-4),
+@pytest.mark.parametrize(("precision", "loss_off", "cosine", "length"), [("float32", 1e-5, 0.9999, 1e-3),
                                                                          ("bfloat16", 0.02, 0.99, 0.05)])
-def test_compiled_gradients_are_those_of_plain_float32(name, precision, loss_off, cosine, length):
-    expected, oracle, _ = loss_and_gradient(name, "float32", compile=False)
+def test_compiled_gradients_are_those_of_float64(name, precision, loss_off, cosine, length):
+    """Max-pooling sends a gradient to one of two nearly equal pixels: rounding may choose the other, hence not 1e-6."""
+    expected, oracle, _ = loss_and_gradient(name, "float32", compile=False, dtype=torch.float64)
     value, gradient, compiled = loss_and_gradient(name, precision, compile=True)
     assert compiled, "it fell back"
     assert abs(value - expected) < loss_off
