@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'LOOPS', 'Clock', 'upstream_loop', 'lightning_loop', 'fastai_loop', 'our_loop', 'measure_loop']
 
-# %% ../nbs/09_peers.ipynb #f33052bb
+# %% ../nbs/09_peers.ipynb #d4104d38
 import shutil
 import tempfile
 import time
@@ -24,7 +24,7 @@ from .data import AlbumentationsTransform, ImageData, ImageDataset
 from .models import create_model
 from .training import RECIPES, choose_engine, fit
 
-# %% ../nbs/09_peers.ipynb #9a7b2776
+# %% ../nbs/09_peers.ipynb #6f9ef82a
 class Clock:
     "Note when steps end, whichever loop makes them."
 
@@ -65,7 +65,7 @@ class Clock:
         warm = max(1, self.steps // 5)
         return (self.at[self.steps] - self.at[warm]) / (self.steps - warm)
 
-# %% ../nbs/09_peers.ipynb #7e30d42e
+# %% ../nbs/09_peers.ipynb #7d774ae0
 RECIPE = RECIPES["upstream"]
 
 
@@ -122,7 +122,7 @@ def upstream_loop(
             bar.set_description(f"loss {losses[-1]:.4f} accuracy {100 * correct / processed:.2f}")
     return losses
 
-# %% ../nbs/09_peers.ipynb #d1a9942c
+# %% ../nbs/09_peers.ipynb #d73cbd19
 class _Tuned(nn.Module):
     "What an expert would wrap around a network: compiled, channels_last, bfloat16."
 
@@ -188,12 +188,13 @@ def fastai_loop(model: nn.Module, data: ImageData, batch_size: int, max_lr: floa
 
     learner = Learner(loaders, (_Tuned(model) if tuned else model).to(device), criterion, path=folder,
                       opt_func=partial(OptimWrapper, opt=partial(torch.optim.Adam, fused=tuned)))
-    schedule = {"pct_start": RECIPE.pct_start, "div": RECIPE.div_factor, "div_final": RECIPE.div_factor, "moms": (0.95, 0.85, 0.95)}
+    schedule = {"pct_start": RECIPE.pct_start, "div": RECIPE.div_factor, "div_final": RECIPE.div_factor,
+                "moms": (0.95, 0.85, 0.95)}
     with learner.no_bar() if tuned else nullcontext():
         learner.fit_one_cycle(1, max_lr, **schedule)
     return torch.stack(losses).tolist()
 
-# %% ../nbs/09_peers.ipynb #93d3bfde
+# %% ../nbs/09_peers.ipynb #bccd3924
 def our_loop(
     model: nn.Module,
     data: ImageData,

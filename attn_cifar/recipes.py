@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'RECIPES', 'Recipe', 'choose_recipe', 'make_optimizer', 'make_scheduler', 'current_momentum', 'Engine',
            'choose_engine', 'autocast', 'BatchLoss', 'keep_memory']
 
-# %% ../nbs/03_recipes.ipynb #68d285d5
+# %% ../nbs/03_recipes.ipynb #2b437062
 import ctypes
 import logging
 import sys
@@ -24,7 +24,7 @@ from .models import MODELS, count_macs
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_recipes.ipynb #7427ec37
+# %% ../nbs/03_recipes.ipynb #b6930097
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -105,7 +105,7 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_recipes.ipynb #01e83236
+# %% ../nbs/03_recipes.ipynb #c96c3331
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
@@ -135,8 +135,13 @@ def choose_engine(
         raise InputError(f"unknown precision {precision!r}: choose float32, bfloat16 or float16")
     if compile is None:
         break_even = {"cpu": 1e12, "cuda": 2.5e13}.get(device, float("inf"))  # multiply-accumulates
-        compile = sys.platform != "win32" and images * count_macs(model, image_size) > break_even
+        compile = sys.platform != "win32" and images * count_macs(model, image_size) > break_even \
+            and not (device == "cpu" and _has_depthwise(model))  # compiled, these are slower there: see the speed study
     return Engine(device, precision, bool(compile))
+
+
+def _has_depthwise(model: nn.Module) -> bool:
+    return any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
 
 
 def autocast(
@@ -147,7 +152,7 @@ def autocast(
     kind = torch.device(device).type
     return torch.autocast(kind, getattr(torch, precision), enabled=precision != "float32")
 
-# %% ../nbs/03_recipes.ipynb #77078231
+# %% ../nbs/03_recipes.ipynb #4eda1bf0
 class BatchLoss:
     "Compute the loss of a batch and its number of right answers, compiled where the engine says so."
 
@@ -185,7 +190,7 @@ class BatchLoss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_recipes.ipynb #4b0cb1ee
+# %% ../nbs/03_recipes.ipynb #48c5f38a
 @contextmanager
 def keep_memory() -> Iterator[None]:
     "Let the process keep the memory it frees, for reuse; afterwards give it back. Does nothing without the GNU C library."
