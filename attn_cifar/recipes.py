@@ -164,7 +164,7 @@ class BatchLoss:
     ):
         self.model, self.recipe, self.engine = model, recipe, engine
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports a missing GPU when compiling
-        mode = "reduce-overhead" if engine.device == "cuda" else None  # CUDA graphs: launching small kernels takes longer than they
+        mode = "reduce-overhead" if engine.device == "cuda" else None  # CUDA graphs: launching kernels takes longer than they do
         self.compiled = torch.compile(self.eager, dynamic=False, mode=mode) if engine.compile else None
         self.checked = False
 

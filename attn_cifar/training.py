@@ -203,7 +203,8 @@ def fit(
                     logger.write()
     except FloatingPointError as error:
         good = folder is not None and (folder / CHECKPOINT).exists()
-        raise FloatingPointError(f"{error}" + (f"; the last good checkpoint is in {folder / CHECKPOINT.parent}" if good else "")) from None
+        where = f"; the last good checkpoint is in {folder / CHECKPOINT.parent}" if good else ""
+        raise FloatingPointError(f"{error}{where}") from None
     finally:
         if logger is not None:
             logger.close()
@@ -250,8 +251,8 @@ def _call_out_standstill(run: Run) -> None:
     "Say so where the loss has not moved since the first steps."
     first, now = float(np.mean(run.steps["loss"][:5])), run.history[-1]["train_loss"]
     if now > 0.995 * first:
-        _log.warning("the loss has hardly moved in %d steps (%.4f, then %.4f): another max_lr may help, and find_lr looks for one; "
-                     "if not, look at the labels", len(run.steps["loss"]), first, now)
+        _log.warning("the loss has hardly moved in %d steps (%.4f, then %.4f): another max_lr may help, and find_lr looks for "
+                     "one; if not, look at the labels", len(run.steps["loss"]), first, now)
 
 
 def _line(row: dict[str, float], epochs: int) -> str:
