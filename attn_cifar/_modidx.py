@@ -192,7 +192,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                     'attn_cifar.recipes.Recipe': ('recipes.html#recipe', 'attn_cifar/recipes.py'),
                                     'attn_cifar.recipes.Recipe.__post_init__': ( 'recipes.html#recipe.__post_init__',
                                                                                  'attn_cifar/recipes.py'),
-                                    'attn_cifar.recipes._has_depthwise': ('recipes.html#_has_depthwise', 'attn_cifar/recipes.py'),
                                     'attn_cifar.recipes.autocast': ('recipes.html#autocast', 'attn_cifar/recipes.py'),
                                     'attn_cifar.recipes.choose_engine': ('recipes.html#choose_engine', 'attn_cifar/recipes.py'),
                                     'attn_cifar.recipes.choose_recipe': ('recipes.html#choose_recipe', 'attn_cifar/recipes.py'),

@@ -6,9 +6,10 @@
 __all__ = ['OPTIMIZERS', 'RECIPES', 'Recipe', 'choose_recipe', 'make_optimizer', 'make_scheduler', 'current_momentum', 'Engine',
            'choose_engine', 'autocast', 'BatchLoss', 'keep_memory']
 
-# %% ../nbs/03_recipes.ipynb #2b437062
+# %% ../nbs/03_recipes.ipynb #f9f5c831
 import ctypes
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from .models import MODELS, count_macs
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_recipes.ipynb #b6930097
+# %% ../nbs/03_recipes.ipynb #f0495dab
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -105,7 +106,7 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_recipes.ipynb #c96c3331
+# %% ../nbs/03_recipes.ipynb #ec4c990d
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
@@ -134,14 +135,10 @@ def choose_engine(
     if precision not in ("float32", "bfloat16", "float16"):
         raise InputError(f"unknown precision {precision!r}: choose float32, bfloat16 or float16")
     if compile is None:
-        break_even = {"cpu": 1e12, "cuda": 2.5e13}.get(device, float("inf"))  # multiply-accumulates
-        compile = sys.platform != "win32" and images * count_macs(model, image_size) > break_even \
-            and not (device == "cpu" and _has_depthwise(model))  # compiled, these are slower there: see the speed study
+        macs = count_macs(model, image_size)
+        an_image, in_all = {"cpu": (1e7, 1e12), "cuda": (0.0, 2.5e13)}.get(device, (math.inf, math.inf))  # from there on it pays
+        compile = sys.platform != "win32" and macs > an_image and images * macs > in_all
     return Engine(device, precision, bool(compile))
-
-
-def _has_depthwise(model: nn.Module) -> bool:
-    return any(isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1 for layer in model.modules())
 
 
 def autocast(
@@ -152,7 +149,7 @@ def autocast(
     kind = torch.device(device).type
     return torch.autocast(kind, getattr(torch, precision), enabled=precision != "float32")
 
-# %% ../nbs/03_recipes.ipynb #4eda1bf0
+# %% ../nbs/03_recipes.ipynb #e458cd24
 class BatchLoss:
     "Compute the loss of a batch and its number of right answers, compiled where the engine says so."
 
@@ -190,7 +187,7 @@ class BatchLoss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_recipes.ipynb #48c5f38a
+# %% ../nbs/03_recipes.ipynb #4fb72623
 @contextmanager
 def keep_memory() -> Iterator[None]:
     "Let the process keep the memory it frees, for reuse; afterwards give it back. Does nothing without the GNU C library."
