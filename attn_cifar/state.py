@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unwrap', 'TrainingState', 'write_tensors', 'read_tensors']
 
-# %% ../nbs/02_state.ipynb #cc0d702c
+# %% ../nbs/02_state.ipynb #dd24d779
 import copy
 import json
 import os
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/02_state.ipynb #588ccc1d
+# %% ../nbs/02_state.ipynb #bb3f2363
 def unwrap(model: nn.Module) -> nn.Module:
     "Return the module inside `torch.compile` and `DistributedDataParallel` wrappers."
     while inner := getattr(model, "_orig_mod", None) or (
@@ -79,7 +79,7 @@ class _RandomState:
         for generator, value in zip(self.generators, state["loader"], strict=True):
             generator.set_state(value)
 
-# %% ../nbs/02_state.ipynb #5e63fecb
+# %% ../nbs/02_state.ipynb #375cda22
 class TrainingState:
     "Capture and restore everything the next training step depends on."
 
@@ -132,7 +132,7 @@ class TrainingState:
         self.restore(stored["state"])
         return stored["notes"]
 
-# %% ../nbs/02_state.ipynb #db34e6c4
+# %% ../nbs/02_state.ipynb #18c05375
 def write_tensors(
     path: str | os.PathLike,
     tree: Any,  # nested dicts, lists and tuples of tensors, arrays, numbers, texts and None
@@ -144,7 +144,7 @@ def write_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left there is written over
     try:
-        save_file(tensors, beside, metadata={"tree": text, "checksum": _checksum(text, tensors)})
+        save_file(tensors, beside, metadata={"tree": _checksum(text, tensors) + text})  # one entry: they have no order
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
@@ -158,10 +158,10 @@ def read_tensors(path: str | os.PathLike) -> Any:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
-            stored = file.metadata()
-        if stored["checksum"] != _checksum(stored["tree"], tensors):
+            checksum, text = file.metadata()["tree"][:8], file.metadata()["tree"][8:]
+        if checksum != _checksum(text, tensors):
             raise ValueError("its checksum does not fit")
-        return _decode(json.loads(stored["tree"]), tensors)
+        return _decode(json.loads(text), tensors)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -23,9 +23,9 @@ COMPARED = ("model.safetensors", "evaluation.safetensors", "metrics.csv", "steps
 
 
 def train(folder: Path) -> None:
-    """Train 3 epochs of 10 steps, a checkpoint after each step: a good part of the time goes to writing them."""
+    """Train 3 epochs of 20 steps, a checkpoint after each step: a good part of the time goes to writing them."""
     torch.manual_seed(0)
-    fit(create_model("spatial_attn"), DATA, recipe="plain", epochs=3, batch_size=32, device="cpu", compile=False, out=folder,
+    fit(create_model("spatial_attn"), DATA, recipe="plain", epochs=3, batch_size=16, device="cpu", compile=False, out=folder,
         resume=True, checkpoint_seconds=0, verbose=False)
 
 
@@ -35,12 +35,18 @@ def start(folder: Path) -> int:
     if child == 0:
         code = 1
         try:
-            torch.set_num_threads(1)
             train(folder)
             code = 0
         finally:
             os._exit(code)
     return child
+
+
+def wait_for_write(folder: Path, until: float) -> None:
+    """Return when a checkpoint is being written, or at a moment of `time.monotonic()`."""
+    beside = folder / "checkpoint" / ".state.safetensors.tmp"
+    while not beside.exists() and time.monotonic() < until:
+        pass
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -53,6 +59,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def main(kills: int, seed: int, folder: Path) -> dict:
     """Kill that many processes; return what was seen."""
     chance = random.Random(seed)
+    train(folder / "first")  # what is done once a process is done here, before all forks
     started = time.monotonic()
     _, status = os.waitpid(start(folder / "whole"), 0)
     assert status == 0, "the training fails without being killed"
@@ -64,7 +71,9 @@ def main(kills: int, seed: int, folder: Path) -> dict:
         while status != 0:
             child = start(run)
             if done["kills"] < kills:
-                time.sleep(chance.uniform(0.05, 0.6) * length)
+                time.sleep(chance.uniform(0.02, 0.9) * length)
+                if done["kills"] % 3 == 0:  # every third one waits for the next write to begin
+                    wait_for_write(run, until=time.monotonic() + 0.2 * length)
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             if os.WIFSIGNALED(status):
@@ -85,5 +94,6 @@ def main(kills: int, seed: int, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # a process with a pool of threads must not be forked
     DATA = load_data("shapes").subset(320, 50)
     print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))
