@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'LOOPS', 'Clock', 'upstream_loop', 'lightning_loop', 'fastai_loop', 'our_loop', 'measure_loop']
 
-# %% ../nbs/09_peers.ipynb #d4104d38
+# %% ../nbs/09_peers.ipynb #ee5458a2
 import shutil
 import tempfile
 import time
@@ -24,7 +24,7 @@ from .data import AlbumentationsTransform, ImageData, ImageDataset
 from .models import create_model
 from .training import RECIPES, choose_engine, fit
 
-# %% ../nbs/09_peers.ipynb #6f9ef82a
+# %% ../nbs/09_peers.ipynb #5c409252
 class Clock:
     "Note when steps end, whichever loop makes them."
 
@@ -65,7 +65,7 @@ class Clock:
         warm = max(1, self.steps // 5)
         return (self.at[self.steps] - self.at[warm]) / (self.steps - warm)
 
-# %% ../nbs/09_peers.ipynb #7d774ae0
+# %% ../nbs/09_peers.ipynb #1c871c62
 RECIPE = RECIPES["upstream"]
 
 
@@ -122,7 +122,7 @@ def upstream_loop(
             bar.set_description(f"loss {losses[-1]:.4f} accuracy {100 * correct / processed:.2f}")
     return losses
 
-# %% ../nbs/09_peers.ipynb #d73cbd19
+# %% ../nbs/09_peers.ipynb #4fc6be28
 class _Tuned(nn.Module):
     "What an expert would wrap around a network: compiled, channels_last, bfloat16."
 
@@ -194,7 +194,7 @@ def fastai_loop(model: nn.Module, data: ImageData, batch_size: int, max_lr: floa
         learner.fit_one_cycle(1, max_lr, **schedule)
     return torch.stack(losses).tolist()
 
-# %% ../nbs/09_peers.ipynb #bccd3924
+# %% ../nbs/09_peers.ipynb #778dba18
 def our_loop(
     model: nn.Module,
     data: ImageData,

@@ -6,7 +6,7 @@
 __all__ = ['TRAININGS', 'measure_machine', 'measure_attention', 'measure_compilation', 'measure_scale', 'measure_training',
            'available_loops', 'speed']
 
-# %% ../nbs/09_speed.ipynb #f2f49916
+# %% ../nbs/09_speed.ipynb #00aecdae
 import importlib.util
 import json
 import os
@@ -32,7 +32,7 @@ from .models import Ultimus, count_macs, create_model
 from .peers import LOOPS, RECIPE, measure_loop
 from .training import BatchLoss, choose_engine, choose_recipe, describe_machine, fit, keep_memory
 
-# %% ../nbs/09_speed.ipynb #d6a0d18a
+# %% ../nbs/09_speed.ipynb #c84c9135
 def measure_machine(
     data: ImageData,
     size: int = 4096,  # of the square matrices
@@ -113,7 +113,7 @@ def measure_compilation(
             result[f"{name}_{'compiled' if compile else 'eager'}_images_per_second"] = batch_size / seconds
     return result
 
-# %% ../nbs/09_speed.ipynb #8c8e5e4d
+# %% ../nbs/09_speed.ipynb #2ab99e7e
 def measure_scale(
     images: int,
     batch_size: int = 512,
@@ -171,7 +171,7 @@ def _watch_memory() -> Iterator[dict[str, float]]:
         if watcher.is_alive():
             watcher.join()
 
-# %% ../nbs/09_speed.ipynb #d997ccf4
+# %% ../nbs/09_speed.ipynb #e9aa28f7
 def measure_training(
     arguments: list[str],  # of `attn-cifar train`, without data, seed and folder
     source: str,  # as for `load_data`
@@ -196,7 +196,7 @@ def _run(words: list[str], folder: str, compiled: str | os.PathLike) -> subproce
         raise InputError(f"{' '.join(words[:3])} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     return done
 
-# %% ../nbs/09_speed.ipynb #8d7e2d1e
+# %% ../nbs/09_speed.ipynb #165971d6
 def _child(job: dict[str, Any], source: str, caches: Path | None = None) -> dict[str, Any]:
     "Make one measurement in a new process. Raises `InputError`."
     if job["measure"] == "train":
