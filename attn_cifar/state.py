@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unwrap', 'TrainingState', 'write_tensors', 'read_tensors']
 
-# %% ../nbs/02_state.ipynb #dd24d779
+# %% ../nbs/02_state.ipynb #21e2b9f4
 import copy
 import json
 import os
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/02_state.ipynb #bb3f2363
+# %% ../nbs/02_state.ipynb #a967017b
 def unwrap(model: nn.Module) -> nn.Module:
     "Return the module inside `torch.compile` and `DistributedDataParallel` wrappers."
     while inner := getattr(model, "_orig_mod", None) or (
@@ -79,7 +79,7 @@ class _RandomState:
         for generator, value in zip(self.generators, state["loader"], strict=True):
             generator.set_state(value)
 
-# %% ../nbs/02_state.ipynb #375cda22
+# %% ../nbs/02_state.ipynb #040491eb
 class TrainingState:
     "Capture and restore everything the next training step depends on."
 
@@ -132,7 +132,7 @@ class TrainingState:
         self.restore(stored["state"])
         return stored["notes"]
 
-# %% ../nbs/02_state.ipynb #18c05375
+# %% ../nbs/02_state.ipynb #8918642b
 def write_tensors(
     path: str | os.PathLike,
     tree: Any,  # nested dicts, lists and tuples of tensors, arrays, numbers, texts and None
