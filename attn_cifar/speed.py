@@ -6,7 +6,7 @@
 __all__ = ['TRAININGS', 'measure_machine', 'measure_attention', 'measure_compilation', 'measure_scale', 'measure_training',
            'available_loops', 'speed']
 
-# %% ../nbs/09_speed.ipynb #00aecdae
+# %% ../nbs/09_speed.ipynb #5093e6e9
 import importlib.util
 import json
 import os
@@ -32,7 +32,7 @@ from .models import Ultimus, count_macs, create_model
 from .peers import LOOPS, RECIPE, measure_loop
 from .training import BatchLoss, choose_engine, choose_recipe, describe_machine, fit, keep_memory
 
-# %% ../nbs/09_speed.ipynb #c84c9135
+# %% ../nbs/09_speed.ipynb #0d4151fe
 def measure_machine(
     data: ImageData,
     size: int = 4096,  # of the square matrices
@@ -113,7 +113,7 @@ def measure_compilation(
             result[f"{name}_{'compiled' if compile else 'eager'}_images_per_second"] = batch_size / seconds
     return result
 
-# %% ../nbs/09_speed.ipynb #2ab99e7e
+# %% ../nbs/09_speed.ipynb #932e1611
 def measure_scale(
     images: int,
     batch_size: int = 512,
@@ -171,7 +171,7 @@ def _watch_memory() -> Iterator[dict[str, float]]:
         if watcher.is_alive():
             watcher.join()
 
-# %% ../nbs/09_speed.ipynb #e9aa28f7
+# %% ../nbs/09_speed.ipynb #2f3eb643
 def measure_training(
     arguments: list[str],  # of `attn-cifar train`, without data, seed and folder
     source: str,  # as for `load_data`
@@ -196,7 +196,7 @@ def _run(words: list[str], folder: str, compiled: str | os.PathLike) -> subproce
         raise InputError(f"{' '.join(words[:3])} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     return done
 
-# %% ../nbs/09_speed.ipynb #165971d6
+# %% ../nbs/09_speed.ipynb #27bad3c1
 def _child(job: dict[str, Any], source: str, caches: Path | None = None) -> dict[str, Any]:
     "Make one measurement in a new process. Raises `InputError`."
     if job["measure"] == "train":

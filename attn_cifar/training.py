@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'fit']
 
-# %% ../nbs/03_training.ipynb #e6784c1e
+# %% ../nbs/03_training.ipynb #c8ac7c13
 import copy
 import json
 import logging
@@ -36,7 +36,7 @@ from .state import TrainingState, unwrap, write_tensors
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_training.ipynb #ef1819eb
+# %% ../nbs/03_training.ipynb #44bea03b
 class _Totals:
     "Gather what an epoch measures, without waiting for the device."
 
@@ -75,7 +75,7 @@ class _Totals:
         self.correct.copy_(state["correct"])
         self.sizes, self.steps, self.seconds = state["sizes"], state["steps"], state["seconds"]
 
-# %% ../nbs/03_training.ipynb #3da29ad2
+# %% ../nbs/03_training.ipynb #3183a81a
 class _Pace:
     "Say when the next checkpoint inside an epoch is due."
 
@@ -119,7 +119,7 @@ class _StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/03_training.ipynb #1227d840
+# %% ../nbs/03_training.ipynb #d139b356
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -250,7 +250,7 @@ def _summarize(epoch: int, totals: _Totals, run: Run) -> dict[str, float]:
 def _call_out_standstill(run: Run) -> None:
     "Say so where the loss has not moved since the first steps."
     first, now = float(np.mean(run.steps["loss"][:5])), run.history[-1]["train_loss"]
-    if now > 0.995 * first:
+    if now > 0.995 * first and len(run.steps["loss"]) >= 30:  # fewer say little
         _log.warning("the loss has hardly moved in %d steps (%.4f, then %.4f): another max_lr may help, and find_lr looks for "
                      "one; if not, look at the labels", len(run.steps["loss"]), first, now)
 
