@@ -6,9 +6,12 @@
 __all__ = ['NO_AUGMENTATION', 'BLOCK', 'InputError', 'normalize', 'unnormalize', 'Augmentation', 'albumentations_pipeline',
            'AlbumentationsTransform', 'ImageDataset', 'Batches']
 
-# %% ../nbs/00_batches.ipynb #6aef5250
+# %% ../nbs/00_batches.ipynb #11f486a0
 import math
+import mmap
 import os
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,7 +24,7 @@ from torch import Tensor
 class InputError(ValueError):
     "Report something the user can put right: a wrong name, value, file or folder."
 
-# %% ../nbs/00_batches.ipynb #f3f6ca58
+# %% ../nbs/00_batches.ipynb #6b6299f6
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     "Shape three numbers so that they broadcast over (B, 3, H, W)."
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
@@ -52,7 +55,7 @@ def unnormalize(
     "Undo `normalize` for display: float (B, 3, H, W), clipped to 0..1."
     return (batch * _channels(std, batch) + _channels(mean, batch)).clamp(0, 1)
 
-# %% ../nbs/00_batches.ipynb #b9c3252d
+# %% ../nbs/00_batches.ipynb #61870bf1
 @dataclass(frozen=True)
 class Augmentation:
     "Say what may happen to a training image; the defaults are upstream's (S9). `NO_AUGMENTATION` does nothing."
@@ -149,7 +152,7 @@ def _squares(drawn: dict[str, Tensor], cut: Tensor, side: int, height: int, widt
     columns = torch.minimum(drawn["left"][cut, None] + steps, drawn["right"][cut, None] - 1)
     return ((cut[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]).view(-1)
 
-# %% ../nbs/00_batches.ipynb #0a60220f
+# %% ../nbs/00_batches.ipynb #99a8999b
 def albumentations_pipeline(
     augmentation: Augmentation,  # what may happen to an image
     mean: tuple[float, ...],  # see `normalize`
@@ -227,7 +230,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(self.images[index]), int(self.labels[index])
 
-# %% ../nbs/00_batches.ipynb #4f703995
+# %% ../nbs/00_batches.ipynb #afadd108
 BLOCK = 512, 8192  # images augmented at a time: what stays in a processor's cache, what keeps a GPU busy
 
 
@@ -247,27 +250,35 @@ class Batches:
         seed: int = 0,  # of order and augmentation
         device: torch.device | str = "cpu",
         drop_last: bool = False,  # leave out a last batch that is smaller
+        rank: int = 0,  # serve this share of each batch: every `count`th image, beginning with number `rank`
+        count: int = 1,
     ):
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
-        self.images, self.labels, self.device = torch.as_tensor(images), torch.as_tensor(labels), torch.device(device)
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed must lie between 0 and 2^63 - 1, not {seed}")
+        with warnings.catch_warnings():  # nothing is ever written to them
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self.images, self.labels, self.device = torch.as_tensor(images), torch.as_tensor(labels), torch.device(device)
         if self.device.type != "cuda" or self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
             self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)  # else a block at a time
+        self.file = _ImageFile(images) if self.images.device.type == "cpu" and _is_read_only_map(images) else None
         self.batch_size, self.mean, self.std, self.augmentation = batch_size, mean, std, augmentation
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
+        self.rank, self.count = rank, count
         self.epoch, self.position = 0, 0  # the epoch under way, and the batches it has given out
         self._fresh = True  # the next iterator starts at `position`, not with a new epoch
 
     @classmethod
-    def train(cls, data, batch_size: int, augmentation: Augmentation, seed: int = 0, device="cpu") -> "Batches":
-        "Serve the training images of an `ImageData`: shuffled and augmented."
+    def train(cls, data, batch_size: int, augmentation: Augmentation, seed: int = 0, device="cpu", **share: int) -> "Batches":
+        "Serve the training images of an `ImageData`, or a share of them: shuffled and augmented."
         return cls(data.train_images, data.train_labels, batch_size, mean=data.mean, std=data.std,
-                   augmentation=augmentation, shuffle=True, seed=seed, device=device)
+                   augmentation=augmentation, shuffle=True, seed=seed, device=device, **share)
 
     @classmethod
-    def test(cls, data, batch_size: int = 500, device="cpu") -> "Batches":
-        "Serve the test images of an `ImageData`, in order."
-        return cls(data.test_images, data.test_labels, batch_size, mean=data.mean, std=data.std, device=device)
+    def test(cls, data, batch_size: int = 500, device="cpu", **share: int) -> "Batches":
+        "Serve the test images of an `ImageData`, or a share of them, in order."
+        return cls(data.test_images, data.test_labels, batch_size, mean=data.mean, std=data.std, device=device, **share)
 
     def __len__(self) -> int:
         return (len(self.labels) if self.drop_last else len(self.labels) + self.batch_size - 1) // self.batch_size
@@ -277,14 +288,16 @@ class Batches:
             self.epoch, self.position = self.epoch + 1, 0
         self._fresh = False
         order, drawn = self._plan(self.epoch)
-        block = self.batch_size * max(1, BLOCK[self.device.type == "cuda"] // self.batch_size)
+        block = self.batch_size * max(1, BLOCK[self.device.type == "cuda"] * self.count // self.batch_size)
         end = len(self) * self.batch_size
         for start in range(self.position * self.batch_size, end, block):
-            index = order[start:min(start + block, end)]
+            shares = [whole[self.rank::self.count] for whole in order[start:min(start + block, end)].split(self.batch_size)]
+            index, sizes = torch.cat(shares), [len(share) for share in shares]
             where = index.to(self.images.device, non_blocking=True)
-            images, labels = (all.index_select(0, where).to(self.device) for all in (self.images, self.labels))
+            images = self.images.index_select(0, where) if self.file is None else self.file.read(index)
+            images, labels = images.to(self.device), self.labels.index_select(0, where).to(self.device)
             images = self._augment(images, {name: all[index] for name, all in drawn.items()})
-            for batch in zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True):
+            for batch in zip(images.split(sizes), labels.split(sizes), strict=True):
                 self.position += 1
                 yield batch
 
@@ -296,7 +309,13 @@ class Batches:
         drawn = {} if self.augmentation == NO_AUGMENTATION else self.augmentation.draw(count, self.images.shape[1:3], generator)
         return torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count), drawn
 
+    def size(self, position: int) -> int:
+        "Return how many images the batch at a position of the epoch has, all shares together."
+        return min(self.batch_size, len(self.labels) - position * self.batch_size)
+
     def _augment(self, images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+        if not len(images):  # a share of the last batch can be empty
+            return images.permute(0, 3, 1, 2).float()
         return self.augmentation.apply(images, drawn, self.mean, self.std) if drawn else normalize(images, self.mean, self.std)
 
     def state_dict(self) -> dict[str, int | bool]:
@@ -310,3 +329,26 @@ class Batches:
     def resume(self) -> None:
         "Let the next iterator give the rest of the epoch under way, instead of starting the next epoch."
         self._fresh = True
+
+
+def _is_read_only_map(images: np.ndarray | Tensor) -> bool:
+    "Tell whether images are a whole file, mapped so that nothing can be written to them."
+    whole = isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap)
+    return whole and images.mode == "r" and images.flags.c_contiguous
+
+
+class _ImageFile:
+    "Read images from the file behind a read-only mapping. Through the mapping, whole megabytes would stay in memory for each."
+
+    def __init__(self, images: np.memmap):  # uint8 (N, H, W, 3)
+        self.shape, self.offset = images.shape[1:], images.offset
+        self.file = open(images.filename, "rb", buffering=0)
+        weakref.finalize(self, self.file.close)
+
+    def read(self, index: Tensor) -> Tensor:  # int64 (B,) -> uint8 (B, H, W, 3)
+        images = torch.empty(len(index), *self.shape, dtype=torch.uint8)
+        for place, image in zip(images.flatten(1).numpy(), index.tolist(), strict=True):
+            self.file.seek(self.offset + image * place.nbytes)
+            if self.file.readinto(place) != place.nbytes:
+                raise InputError(f"{self.file.name} has become shorter while it was read")
+        return images

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #d638f670
+# %% ../nbs/08_cli.ipynb #3872f7de
 import argparse
 import json
 import logging
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .data import InputError
 
-# %% ../nbs/08_cli.ipynb #13dbc51e
+# %% ../nbs/08_cli.ipynb #9aa31b13
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
 
@@ -35,6 +35,13 @@ def _learning_rate(text: str) -> float | None:
         raise argparse.ArgumentTypeError(f"must be auto or a number, not {text!r}") from None
 
 
+def _seed(text: str) -> int:
+    "Read a whole number from which random numbers can start."
+    if not text.isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, of at most 18 digits, not {text!r}")
+    return int(text)
+
+
 def _options(*names: str) -> argparse.ArgumentParser:
     "Return a parent parser with some of the shared options."
     known: dict[str, dict[str, Any]] = {
@@ -46,7 +53,7 @@ def _options(*names: str) -> argparse.ArgumentParser:
         "--batch-size": {"metavar": "N", "type": int, "help": "images a step (default: the recipe's)"},
         "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "help": "peak learning rate; auto: by an LR range test "
                                                                          "(default: auto)"},
-        "--seed": {"metavar": "N", "type": int, "default": 0, "help": "of weights, order and augmentation (default: 0)"},
+        "--seed": {"metavar": "N", "type": _seed, "default": 0, "help": "of weights, order and augmentation (default: 0)"},
         "--out": {"metavar": "PATH", "help": "where results go"},
         "--resume": {"action": "store_true", "help": "go on with the run in --out from its last checkpoint"},
         "--deterministic": {"action": "store_true", "help": "use only algorithms that give the same bits each time"},
@@ -71,25 +78,29 @@ def _load(arguments: argparse.Namespace, default: str | None = None):
         raise InputError("this run does not say where its images came from: give --data")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
-# %% ../nbs/08_cli.ipynb #d1ba44af
+# %% ../nbs/08_cli.ipynb #185652a7
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     "Train a model, write its run folder and its report."
     import torch
 
     from attn_cifar.lr_finder import fit_with_suggestion
     from attn_cifar.models import create_model
+    from attn_cifar.processes import join_processes
     from attn_cifar.report import make_report
     from attn_cifar.training import choose_recipe, fit, refuse_other_run
 
     source = arguments.data or "cifar10"
     out = Path(arguments.out or f"runs/{arguments.model}-{Path(source).name}-seed{arguments.seed}")
-    refuse_other_run(out, arguments.resume)
+    processes = join_processes(arguments.device)
+    processes.from_first(lambda: refuse_other_run(out, arguments.resume))
     changes = {name: value for name in ("epochs", "batch_size") if (value := getattr(arguments, name)) is not None}
     torch.manual_seed(arguments.seed)
     recipe = choose_recipe(create_model(arguments.model), arguments.recipe, changes)  # a mistake shows before images load
     if arguments.max_lr is not None:
         recipe = choose_recipe(None, recipe, {"max_lr": arguments.max_lr})
-    data = _load(arguments, "cifar10")
+    loaded: list[Any] = []
+    processes.from_first(lambda: loaded.append(_load(arguments, "cifar10")))  # it decodes them, the others find them decoded
+    data = loaded[0] if loaded else _load(arguments, "cifar10")
     torch.manual_seed(arguments.seed)
     model = create_model(arguments.model, len(data.class_names))
     train = fit_with_suggestion if arguments.max_lr is None else fit
@@ -97,9 +108,11 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
              if Path(source).is_dir() else source, "skip_bad": arguments.skip_bad}
     run = train(model, data, recipe=recipe, out=out, resume=arguments.resume, seed=arguments.seed, device=arguments.device,
                 deterministic=arguments.deterministic, verbose=not arguments.json, notes=notes)
-    report = make_report(out, data)
+    report = processes.from_first(lambda: make_report(out, data))
     last = run.history[-1]
-    if not arguments.json:
+    if processes.rank:
+        arguments.json = False  # the first process says it
+    elif not arguments.json:
         print(f"test accuracy {last['test_accuracy']:.2%} after {last['epoch']:.0f} epochs\nreport: {report}")
     return {"run": str(out), "report": str(report), "max_lr": run.config["recipe"]["max_lr"], **last}
 
@@ -112,6 +125,8 @@ def _find_lr(arguments: argparse.Namespace) -> dict[str, Any]:
     from attn_cifar.models import create_model
     from attn_cifar.training import choose_recipe
 
+    if arguments.out and Path(arguments.out).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg"):
+        raise InputError(f"--out must end in .png, .svg, .pdf or .jpg, not {arguments.out!r}")
     torch.manual_seed(arguments.seed)
     changes = {"batch_size": arguments.batch_size} if arguments.batch_size is not None else {}
     recipe = choose_recipe(create_model(arguments.model), arguments.recipe, changes)
@@ -125,9 +140,13 @@ def _find_lr(arguments: argparse.Namespace) -> dict[str, Any]:
         plot_lr_find(found).figure.savefig(arguments.out)
     if not arguments.json:
         print(f"suggested max_lr: {found.suggestion:.3g}" if found.suggestion else f"no suggestion: {found.reason}")
+        if found.low is not None:
+            print(f"about as good: {found.low:.3g} to {found.high:.3g}")
+        if found.doubt:
+            print(f"do not trust this: {found.doubt}")
         for name, value in found.points.items():
             print(f"{name:>12}: {value:.3g}")
-    return {"suggestion": found.suggestion, "reason": found.reason, "points": found.points}
+    return {name: getattr(found, name) for name in ("suggestion", "reason", "trusted", "doubt", "low", "high", "points")}
 
 
 def _run_data(arguments: argparse.Namespace, config: dict[str, Any]):
@@ -211,7 +230,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     run_study(arguments.name, data=arguments.data, out=arguments.out)
 
-# %% ../nbs/08_cli.ipynb #8631b858
+# %% ../nbs/08_cli.ipynb #3bb0a522
 _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
@@ -225,7 +244,7 @@ _COMMANDS = {
 }
 _WORDS = {"run": {"metavar": "RUN", "help": "a run folder, as written by train"},
           "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-          "name": {"metavar": "NAME", "help": "demo or reproduction"}}
+          "name": {"metavar": "NAME", "help": "demo, reproduction or speed"}}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -247,20 +266,44 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     "Run a command line, by default the process's own; return the exit code."
-    logging.basicConfig(format="attn-cifar: note: %(message)s", level=logging.WARNING)
+    code = _answer(words)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from attn_cifar.processes import leave_processes
+
+        leave_processes(code)
+    return code
+
+
+def _answer(words: Sequence[str] | None) -> int:
+    "Run a command line and say in one line what went wrong."
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, it speaks for all
+    logging.basicConfig(format="attn-cifar: note: %(message)s", level=logging.WARNING if first else logging.ERROR)
     words = list(sys.argv[1:] if words is None else words)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # file names can hold what the terminal cannot show
     try:
         arguments = make_parser().parse_args(words)
         arguments.words = words
         result = arguments.function(arguments)
         if getattr(arguments, "json", False):
             print(json.dumps(result))
+        sys.stdout.flush()
         return 0
     except InputError as error:
         print(f"attn-cifar: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"attn-cifar: training stopped: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # what reads our output has had enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ConnectionError as error:
+        print(f"attn-cifar: {error}; start all processes again with --resume", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a missing permission
+        print(f"attn-cifar: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as request:
         print("attn-cifar: stopped; train with --resume to go on from the last checkpoint", file=sys.stderr)

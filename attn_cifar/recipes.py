@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'RECIPES', 'Recipe', 'choose_recipe', 'make_optimizer', 'make_scheduler', 'current_momentum', 'Engine',
            'choose_engine', 'autocast', 'BatchLoss', 'keep_memory']
 
-# %% ../nbs/03_recipes.ipynb #f9f5c831
+# %% ../nbs/03_recipes.ipynb #250ec897
 import ctypes
 import logging
 import math
@@ -25,7 +25,7 @@ from .models import MODELS, count_macs
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_recipes.ipynb #f0495dab
+# %% ../nbs/03_recipes.ipynb #aec197e4
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -106,13 +106,19 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_recipes.ipynb #ec4c990d
+# %% ../nbs/03_recipes.ipynb #d90f1708
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
     device: str  # "cpu", "cuda"
     precision: str  # "float32", "bfloat16", or "float16" with a gradient scaler
     compile: bool  # torch.compile
+
+    def __post_init__(self):
+        try:
+            autocast(torch.device(self.device), self.precision)
+        except RuntimeError as error:
+            raise InputError(f"unknown device {self.device!r}: choose cpu or cuda") from error
 
 
 def choose_engine(
@@ -132,8 +138,6 @@ def choose_engine(
             precision = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
         else:
             precision = "bfloat16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
-    if precision not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"unknown precision {precision!r}: choose float32, bfloat16 or float16")
     if compile is None:
         macs = count_macs(model, image_size)
         an_image, in_all = {"cpu": (1e7, 1e12), "cuda": (0.0, 2.5e13)}.get(device, (math.inf, math.inf))  # from there on it pays
@@ -145,21 +149,24 @@ def autocast(
     device: torch.device | str,
     precision: str,  # "float32", "bfloat16" or "float16"
 ) -> torch.autocast:
-    "Return PyTorch's context for computing in a precision; with float32 it does nothing."
+    "Return PyTorch's context for computing in a precision; with float32 it does nothing. Raises `InputError`."
+    if precision not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"unknown precision {precision!r}: choose float32, bfloat16 or float16")
     kind = torch.device(device).type
     return torch.autocast(kind, getattr(torch, precision), enabled=precision != "float32")
 
-# %% ../nbs/03_recipes.ipynb #e458cd24
+# %% ../nbs/03_recipes.ipynb #f6877106
 class BatchLoss:
     "Compute the loss of a batch and its number of right answers, compiled where the engine says so."
 
     def __init__(
         self,
         model: nn.Module,
-        recipe: Recipe,  # gives label smoothing, L1 term and the batch size that is compiled for
+        recipe: Recipe,  # gives label smoothing and L1 term
         engine: Engine,
+        batch_size: int | None = None,  # of the batches that are compiled for; None: the recipe's
     ):
-        self.model, self.recipe, self.engine = model, recipe, engine
+        self.model, self.recipe, self.engine, self.batch_size = model, recipe, engine, batch_size or recipe.batch_size
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports a missing GPU when compiling
         mode = "reduce-overhead" if engine.device == "cuda" else None  # CUDA graphs: launching kernels takes longer than they do
         self.compiled = torch.compile(self.eager, dynamic=False, mode=mode) if engine.compile else None
@@ -175,7 +182,7 @@ class BatchLoss:
         return loss, (logits.argmax(1) == labels).sum()
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.compiled is None or len(images) != self.recipe.batch_size:  # another size would be compiled anew
+        if self.compiled is None or len(images) != self.batch_size:  # another size would be compiled anew
             return self.eager(images, labels)
         if self.checked:
             return self.compiled(images, labels)
@@ -187,7 +194,7 @@ class BatchLoss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_recipes.ipynb #4fb72623
+# %% ../nbs/03_recipes.ipynb #5e3046ea
 @contextmanager
 def keep_memory() -> Iterator[None]:
     "Let the process keep the memory it frees, for reuse; afterwards give it back. Does nothing without the GNU C library."

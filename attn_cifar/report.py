@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'choose_explained', 'make_report']
 
-# %% ../nbs/07_report.ipynb #aa329bb5
+# %% ../nbs/07_report.ipynb #466a3617
 import math
 import os
 import warnings
@@ -21,17 +21,17 @@ from .lr_finder import LRRangeTest
 from .models import count_macs
 from .page import Picture, Section, Table, data_uri, embed_image, percent, render_page
 from .remarks import class_table, remake_command, remake_python, verdicts
+from .state import replacing
 from .training import Evaluation, Run, load_run
 from .visualization import (
     DPI, METHOD_NAMES, overlay, plot_confusion, plot_explanations, plot_history, plot_images, plot_lr_find,
     plot_misclassified, plot_network, plot_schedule)
 
-# %% ../nbs/07_report.ipynb #054a2858
+# %% ../nbs/07_report.ipynb #95601f20
 def _write(path: Path, content: bytes) -> None:
     "Write a file atomically."
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_bytes(content)
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_bytes(content)
 
 
 def _plot(run: Run, name: str, alt: str, plot: Callable, *arguments, log_axis: bool = False, **options) -> Picture:
@@ -62,7 +62,7 @@ def _range_result(run: Run) -> LRRangeTest:
         raise InputError("the run folder holds no lr_find.json")
     return LRRangeTest.load(run.folder / "lr_find.json")
 
-# %% ../nbs/07_report.ipynb #fc1d902c
+# %% ../nbs/07_report.ipynb #911e2380
 def _overview(run: Run, data: ImageData) -> Section:
     evaluation, config, images = _stored(run), run.config, run.config["data"]
     size, seconds = images["image_size"], sum(row["seconds"] for row in run.history)
@@ -132,7 +132,7 @@ def _classes(run: Run, data: ImageData) -> Section:
     text = "The share of each class that is recognised, and its commonest mistake with the count."
     return Section("classes", "Classes", text, tables=[table])
 
-# %% ../nbs/07_report.ipynb #33c1cf91
+# %% ../nbs/07_report.ipynb #14b96e25
 def _training_images(run: Run, data: ImageData) -> Section:
     "Show five images of each class, as `plot_images` does."
     augmentation, rng = Augmentation(**run.config["recipe"]["augmentation"]), np.random.default_rng(0)
@@ -160,8 +160,11 @@ def _schedule(run: Run, data: ImageData) -> Section:
 def _range_test(run: Run, data: ImageData) -> Section:
     found = _range_result(run)
     result = f"It suggests {found.suggestion:.3g}." if found.suggestion else f"It suggests none: {found.reason}."
+    if found.doubt:
+        result += f" Do not trust that: {found.doubt}."
     alt = f"Loss over learning rates from {found.lrs[0]:.3g} to {found.lrs[-1]:.3g}. {result}"
-    text = f"The loss of one step at each learning rate, before the training began. {result}"
+    text = "The loss of one step at each learning rate, before the training began"
+    text += f", and of short trainings at {len(found.trials)} of them. {result}" if found.trials else f". {result}"
     return Section("range-test", "LR range test", text,
                    plots=[_plot(run, "lr_find", alt, plot_lr_find, found, log_axis=True)])
 
@@ -208,7 +211,7 @@ def _remake(run: Run, data: ImageData) -> Section:
             ("In Python", remake_python(run))]
     return Section("remake", "Make it again", text, wide=True, code=[(label, words) for label, words in code if words])
 
-# %% ../nbs/07_report.ipynb #3e65eb93
+# %% ../nbs/07_report.ipynb #fd4a2b5d
 def _mistakes(run: Run, data: ImageData) -> Section:
     evaluation = _stored(run)
     chosen, wrong = evaluation.misclassified[:20].tolist(), len(evaluation.misclassified)
@@ -222,7 +225,7 @@ def _mistakes(run: Run, data: ImageData) -> Section:
         f" These are the {len(chosen)} on which the network was surest: true class → predicted class." if chosen else "")
     return Section("mistakes", "Mistakes", text, wide=True, gallery=gallery)
 
-# %% ../nbs/07_report.ipynb #670d77c0
+# %% ../nbs/07_report.ipynb #8384eba3
 def choose_explained(
     evaluation: Evaluation,
     count: int = 5,
@@ -278,7 +281,7 @@ def _attention(run: Run, data: ImageData) -> Section:
     return _explanations(run, data, "attention", "Attention",
                          "How much attention each position receives from all others.")
 
-# %% ../nbs/07_report.ipynb #eb432026
+# %% ../nbs/07_report.ipynb #b14ace31
 SECTIONS = (_overview, _training_images, _curves, _confusion, _classes, _mistakes, _grad_cam, _attention, _schedule,
             _range_test, _network, _environment, _remake)
 

@@ -7,7 +7,7 @@ __all__ = ['counters', 'basic_attn_model', 'ctr', 'stats_collector', 'Alb_trans'
            'test_losses', 'create_tensorboard_writer', 'plot_onecyclelr_curve', 'GRADCAM', 'cifar10_plots',
            'LRRangeFinder', 's9_run_main', 'Ultimus']
 
-# %% ../nbs/10_s9.ipynb #3308b1e9
+# %% ../nbs/10_s9.ipynb #28c86c89
 import copy
 import math
 import os
@@ -31,7 +31,7 @@ from .training import RECIPES, evaluate, make_optimizer, make_scheduler
 
 _all_ = ["Ultimus"]  # exported under its course name as it is
 
-# %% ../nbs/10_s9.ipynb #64a55c41
+# %% ../nbs/10_s9.ipynb #6ad85e72
 class basic_attn_model(BasicAttention):
     "The S9 network under its course name: images (B, 3, H, W) to log-probabilities (B, num_classes)."
 
@@ -45,7 +45,7 @@ class basic_attn_model(BasicAttention):
     def forward(self, images: Tensor) -> Tensor:
         return F.log_softmax(super().forward(images), dim=1)
 
-# %% ../nbs/10_s9.ipynb #7c2473cc
+# %% ../nbs/10_s9.ipynb #fd5c95b5
 counters = {kind: [] for kind in ("train_loss", "train_acc", "test_loss", "test_acc", "mis_img", "mis_pred", "mis_lbl",
                                   "train_lr")}
 
@@ -79,7 +79,7 @@ class stats_collector:
     def append_label(self, label: int) -> None:
         self.label.append(label)
 
-# %% ../nbs/10_s9.ipynb #fedd0b1a
+# %% ../nbs/10_s9.ipynb #ea874bbe
 class Alb_trans:
     "Use a list of albumentations transforms as a torchvision transform."
 
@@ -99,7 +99,7 @@ class Alb_trans:
             self._seed = seed
         return np.ascontiguousarray(self.transforms(image=np.array(img))["image"].transpose(2, 0, 1))
 
-# %% ../nbs/10_s9.ipynb #67cd8b8b
+# %% ../nbs/10_s9.ipynb #9ee70a02
 def S9_CIFAR10_data_prep(
     batch: int,  # images a step
     source: str | os.PathLike | ImageData = "cifar10",  # or "shapes", a folder (see `load_data`), or a data set at hand
@@ -116,7 +116,7 @@ def S9_CIFAR10_data_prep(
         loaders.append(torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=2 * cuda, pin_memory=cuda))
     return tuple(loaders)
 
-# %% ../nbs/10_s9.ipynb #9ea06c3e
+# %% ../nbs/10_s9.ipynb #80a0c4bc
 class train_losses:
     "Train a model, one epoch a call."
 
@@ -172,7 +172,7 @@ class train_losses:
         print(f"Train set: Epoch : {current_epoch + 1}/{self.total_epochs} "
               f"Average loss: {sum(values) / len(values):.4f}, Train Accuracy: {accuracy}")
 
-# %% ../nbs/10_s9.ipynb #1b39603e
+# %% ../nbs/10_s9.ipynb #e84c047e
 class test_losses:
     "Test a model, once an epoch."
     __test__ = False  # for pytest: the name begins like that of a test
@@ -219,7 +219,7 @@ class test_losses:
         print(f"Test set: Epoch : {current_epoch + 1}/{self.total_epochs} Average loss: {evaluation.loss:.4f}, "
               f"Test Accuracy: {accuracy}")
 
-# %% ../nbs/10_s9.ipynb #9396cfd5
+# %% ../nbs/10_s9.ipynb #7f0173de
 def create_tensorboard_writer(
     *path: str | os.PathLike,  # folder for the events; none: a new one under runs/
 ):  # torch.utils.tensorboard.SummaryWriter
@@ -228,7 +228,7 @@ def create_tensorboard_writer(
 
     return SummaryWriter(log_dir=os.fspath(path[0])) if path else SummaryWriter()
 
-# %% ../nbs/10_s9.ipynb #27a78141
+# %% ../nbs/10_s9.ipynb #8796b234
 def _image_file(img_save_path: str | os.PathLike, name: str) -> Path:
     "Return where an image goes: in a folder, or behind the beginning of a file name."
     text = os.fspath(img_save_path)
@@ -273,7 +273,7 @@ def _save_curve(values: Sequence[float], path: Path, title: str, xlabel: str, yl
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         _save(figure, path)
 
-# %% ../nbs/10_s9.ipynb #f90e1b38
+# %% ../nbs/10_s9.ipynb #02858a4a
 def plot_onecyclelr_curve(
     counters: Mapping[str, Sequence[float]] | Sequence[float],  # with "train_lr", or the learning rates themselves
     img_save_path: str | os.PathLike,  # folder, or beginning of the file name
@@ -284,7 +284,7 @@ def plot_onecyclelr_curve(
     ax = plot_schedule(list(counters["train_lr"] if isinstance(counters, Mapping) else counters))
     _save(ax.figure, _image_file(img_save_path, "OnecycleLR_Curve.jpg"))
 
-# %% ../nbs/10_s9.ipynb #c9bfc261
+# %% ../nbs/10_s9.ipynb #8a1cadc4
 def GRADCAM(
     images: Sequence[Tensor],  # B normalised images (3, H, W), such as counters["mis_img"][:20]
     labels: Sequence[int],  # B classes to explain
@@ -302,7 +302,7 @@ def GRADCAM(
     probs, ids = output.sort(dim=1, descending=True)
     return layers, probs, ids
 
-# %% ../nbs/10_s9.ipynb #111d788d
+# %% ../nbs/10_s9.ipynb #5437bc7c
 _CLASS_NAMES = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
 
 
@@ -404,7 +404,7 @@ class cifar10_plots:
     def _caption(self, truth: int, prediction: int) -> str:
         return f"{self.class_names[int(truth)]}\n→ {self.class_names[int(prediction)]}"
 
-# %% ../nbs/10_s9.ipynb #4c7bc4e6
+# %% ../nbs/10_s9.ipynb #78439ae0
 class LRRangeFinder:
     "Run an LR range test with plain SGD."
 
@@ -428,10 +428,11 @@ class LRRangeFinder:
         from attn_cifar.visualization import plot_lr_find
 
         self.model.to(self.device)
+        loader = self.dataloader if len(self.dataloader) > 1 else 2 * list(self.dataloader)  # upstream does not mind one batch
         found = find_lr(
-            self.model, self.dataloader, optimizer=torch.optim.SGD(self.model.parameters(), self.start_lr),
+            self.model, loader, optimizer=torch.optim.SGD(self.model.parameters(), self.start_lr),
             criterion=F.cross_entropy, start_lr=self.start_lr, end_lr=self.end_lr, precision="float32",
-            num_steps=max(self.epochs * len(self.dataloader), 10), diverge=math.inf)  # fewer steps than 10 show nothing
+            num_steps=max(self.epochs * len(self.dataloader), 10), trials=0, diverge=math.inf)  # fewer steps than 10 show nothing
         self.lr, self.loss = found.lrs.tolist(), found.smoothed.tolist()
         for step, lr in enumerate(self.lr, start=1):
             self.tb_writer.add_scalar("Range_Test", lr, step)
@@ -441,7 +442,7 @@ class LRRangeFinder:
         print(f"the learning rate of the lowest loss is returned: {found.reason}")
         return self.lr[int(np.nanargmin(self.loss))]
 
-# %% ../nbs/10_s9.ipynb #57ff3c2f
+# %% ../nbs/10_s9.ipynb #f3d86df9
 def s9_run_main(
     num_epochs: int,  # 24 in the course
     maxlr: float,  # peak of the one-cycle schedule, from a range test

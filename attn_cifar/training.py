@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'fit']
 
-# %% ../nbs/03_training.ipynb #c8ac7c13
+# %% ../nbs/03_training.ipynb #ce08758a
 import copy
 import json
 import logging
@@ -27,20 +27,22 @@ from torch import Tensor, nn
 
 from .data import Batches, ImageData, InputError, unnormalize
 from .models import count_parameters
+from .processes import Processes, join_processes
 from attn_cifar.recipes import (  # noqa: F401, handed on: one import serves a whole training
     RECIPES, BatchLoss, Engine, Recipe, autocast, choose_engine, choose_recipe, current_momentum, keep_memory, make_optimizer,
     make_scheduler)
 from .runs import (  # noqa: F401, likewise
-    Evaluation, Run, describe_machine, evaluate, load_run, refuse_other_run, write_csv, write_text)
+    Evaluation, Run, describe_machine, evaluate, load_run, read_config, refuse_other_run, write_csv, write_text)
 from .state import TrainingState, unwrap, write_tensors
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_training.ipynb #44bea03b
+# %% ../nbs/03_training.ipynb #cf267cbc
 class _Totals:
-    "Gather what an epoch measures, without waiting for the device."
+    "Gather what an epoch measures, without waiting for the device. Several processes hold what is to be added up."
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: Batches, processes: Processes):
+        self.processes = processes
         self.losses = torch.zeros(len(batches), device=batches.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=batches.device)
         self.reset()
@@ -51,31 +53,41 @@ class _Totals:
         self.steps: dict[str, list[float]] = {"lr": [], "momentum": []}
         self.seconds = 0.0
 
-    def add(self, loss: Tensor, right: Tensor, size: int, optimizer: torch.optim.Optimizer) -> None:
-        self.losses[len(self.sizes)] = loss.detach()
+    def add(self, loss: Tensor | float, right: Tensor | int, size: int, optimizer: torch.optim.Optimizer) -> None:
+        self.losses[len(self.sizes)] = loss
         self.correct += right
         self.sizes.append(size)
         self.steps["lr"].append(optimizer.param_groups[0]["lr"])
         self.steps["momentum"].append(current_momentum(optimizer))
 
-    def read(self, before: int) -> dict[str, list[float]]:
-        "Wait for the device; return each step's numbers. Raises `FloatingPointError`, naming the step after `before` others."
-        losses = self.losses[:len(self.sizes)].tolist()
+    def gather(self) -> tuple[Tensor, Tensor]:
+        "Return losses and the number of right answers of all processes together."
+        both = self.losses.clone(), self.correct.clone()
+        for values in both:
+            self.processes.add([values])
+        return both
+
+    def read(self, before: int) -> tuple[dict[str, list[float]], int]:
+        "Return each step's numbers and the right answers. Raises `FloatingPointError`, naming the step after `before` others."
+        losses, correct = self.gather()
+        losses = losses[:len(self.sizes)].tolist()
         if not np.isfinite(losses).all():
             bad = int(np.flatnonzero(~np.isfinite(losses))[0])
             raise FloatingPointError(f"the loss is {losses[bad]} at step {before + bad + 1}, learning rate "
                                      f"{self.steps['lr'][bad]:.3g}: choose a smaller max_lr")
-        return {**self.steps, "loss": losses}
+        return {**self.steps, "loss": losses}, int(correct)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "correct": self.correct, "sizes": self.sizes, "steps": self.steps, "seconds": self.seconds}
+        losses, correct = self.gather()
+        return {"losses": losses, "correct": correct, "sizes": self.sizes, "steps": self.steps, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.losses.copy_(state["losses"])
-        self.correct.copy_(state["correct"])
+        first = self.processes.rank == 0  # it holds the sums, the others begin with nothing
+        self.losses.copy_(state["losses"] * first)
+        self.correct.copy_(state["correct"] * first)
         self.sizes, self.steps, self.seconds = state["sizes"], state["steps"], state["seconds"]
 
-# %% ../nbs/03_training.ipynb #3183a81a
+# %% ../nbs/03_training.ipynb #60960d01
 class _Pace:
     "Say when the next checkpoint inside an epoch is due."
 
@@ -106,20 +118,19 @@ class _StopRequest:
         return self
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
-            self.answer()
+        self.answer(self.received)
         self.received = number
 
-    def answer(self) -> None:
-        "Stop now, if that was asked for."
-        if self.received is not None:
-            raise KeyboardInterrupt(signal.Signals(self.received).name)
+    def answer(self, number: int | None) -> None:
+        "Stop now, if a signal's number is given."
+        if number:
+            raise KeyboardInterrupt(signal.Signals(number).name)
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/03_training.ipynb #d139b356
+# %% ../nbs/03_training.ipynb #1aab94ee
 def fit(
     model: nn.Module,
     data: ImageData,
@@ -137,78 +148,97 @@ def fit(
     notes: dict[str, Any] | None = None,  # facts to keep in config.json, such as the command
     **changes: Any,  # fields of the recipe to change: epochs=…, max_lr=…
 ) -> Run:
-    "Train a model and measure it every epoch. Raises `InputError`; stops with `FloatingPointError` where the loss does."
+    """Train a model and measure it every epoch; started by torchrun, in all its processes together.
+
+    Raises `InputError`; stops with `FloatingPointError` where the loss does, and with `ConnectionError` where a process is gone.
+    """
+    processes = join_processes(device)
     model, recipe = unwrap(model), choose_recipe(model, recipe, changes)
     _check_output(model, data)
-    engine = choose_engine(model, recipe.epochs * len(data.train_labels), data.train_images.shape[1], device, precision, compile)
+    images = recipe.epochs * len(data.train_labels) // processes.count
+    engine = choose_engine(model, images, data.train_images.shape[1], device, precision, compile)
     config = {"model": getattr(model, "registered_name", type(model).__name__), "parameters": count_parameters(model),
-              "recipe": asdict(recipe), "seed": seed, "deterministic": deterministic, "engine": asdict(engine),
+              "recipe": asdict(recipe), "seed": seed, "deterministic": deterministic, "processes": processes.count,
+              "engine": asdict(engine),
               "data": {"name": data.name, "train": len(data.train_labels), "test": len(data.test_labels),
                        "class_names": list(data.class_names), "image_size": data.train_images.shape[1],
                        "mean": list(data.mean), "std": list(data.std)},
               "machine": describe_machine(), "notes": notes or {}}
-    folder = None if out is None else Path(out)
+    folder, first = None if out is None else Path(out), processes.rank == 0
+    for rank, theirs in enumerate(processes.gather(config)):
+        _refuse_difference(theirs, config, f"process {rank} was started for another run than process {processes.rank}")
     if folder is not None:
-        config, engine = _open_folder(folder, config, resume)
+        config, engine = processes.from_first(lambda: _open_folder(folder, config, resume))
+    if processes.count > 1:
+        weights = processes.from_first(lambda: {name: value.cpu() for name, value in model.state_dict().items()})
+        model.load_state_dict(weights)
 
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + processes.rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # NVIDIA's library is deterministic with fixed buffers only
     torch.use_deterministic_algorithms(deterministic)
     model.to(engine.device, memory_format=torch.channels_last).train()
-    batches = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device)
+    batches = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device, rank=processes.rank,
+                            count=processes.count)
     optimizer = make_optimizer(model, recipe)
     scheduler = make_scheduler(optimizer, recipe, recipe.epochs * len(batches))
     scaler = torch.amp.GradScaler(engine.device, enabled=engine.precision == "float16")
-    totals = _Totals(batches)
-    state = TrainingState(model, batches, optimizer=optimizer, scheduler=scheduler, scaler=scaler, totals=totals)
+    totals = _Totals(batches, processes)
+    state = TrainingState(model, batches, processes, optimizer=optimizer, scheduler=scheduler, scaler=scaler, totals=totals)
     run = Run(folder, config, [], {"lr": [], "momentum": [], "loss": []}, model)
-    loss_of, pace = BatchLoss(model, recipe, engine), _Pace(checkpoint_seconds)
+    share = len(range(processes.rank, recipe.batch_size, processes.count))
+    loss_of, pace = BatchLoss(model, recipe, engine, share), _Pace(checkpoint_seconds)
     logger = None
     if folder is not None:
-        if (folder / CHECKPOINT).exists():
+        if processes.from_first((folder / CHECKPOINT).exists):
             stored = state.load(folder / CHECKPOINT)
             run.history, run.steps = stored["history"], stored["steps"]
             if totals.sizes:  # stopped inside an epoch
                 batches.resume()
-        logger = _Logger(run, data, batches)
+        logger = _Logger(run, data, batches) if first else None
 
     def save() -> None:
         totals.read(len(run.steps["loss"]))  # never write a loss that is no number over a good checkpoint
         with pace.saving():
             state.save(folder / CHECKPOINT, history=run.history, steps=run.steps)
 
-    try:
-        with _StopRequest() as stop, keep_memory():
+    with _StopRequest() as stop, keep_memory():
+        try:
             for epoch in range(len(run.history), recipe.epochs):
-                for _ in _steps(loss_of, batches, optimizer, scheduler, scaler, totals, verbose):
-                    if stop.received is not None or (folder is not None and pace.due()):
+                for _ in _steps(loss_of, batches, optimizer, scheduler, scaler, totals, verbose and first):
+                    due = folder is not None and pace.due()  # as a wish, 1: less than any signal's number
+                    if wish := processes.agree(stop.received or int(due)):
                         if folder is not None:
                             save()
-                        stop.answer()
-                for name, values in totals.read(len(run.steps["loss"])).items():
+                        stop.answer(wish if wish > 1 else None)
+                steps, correct = totals.read(len(run.steps["loss"]))
+                for name, values in steps.items():
                     run.steps[name] += values
-                run.evaluation = evaluate(model, data, precision=engine.precision)
-                run.history.append(_summarize(epoch, totals, run))
+                _average_buffers(model, processes)
+                run.evaluation = evaluate(model, data, precision=engine.precision, processes=processes)
+                run.history.append(_summarize(epoch, totals, correct, run))
                 totals.reset()
-                if verbose:
+                if verbose and first:
                     print(_line(run.history[-1], recipe.epochs), flush=True)
-                if len(run.history) == min(2, recipe.epochs):
+                if len(run.history) == min(2, recipe.epochs) and first:
                     _call_out_standstill(run)
                 if folder is not None:
                     save()
-                    logger.write()
-                stop.answer()
-            if run.evaluation is None:  # everything was trained already, but perhaps not everything written
-                run.evaluation = evaluate(model, data, precision=engine.precision)
                 if logger is not None:
                     logger.write()
-    except FloatingPointError as error:
-        good = folder is not None and (folder / CHECKPOINT).exists()
-        where = f"; the last good checkpoint is in {folder / CHECKPOINT.parent}" if good else ""
-        raise FloatingPointError(f"{error}{where}") from None
-    finally:
-        if logger is not None:
-            logger.close()
-        torch.use_deterministic_algorithms(False)
+                stop.answer(processes.agree(stop.received or 0))
+            if run.evaluation is None:  # everything was trained already, but perhaps not everything written
+                run.evaluation = evaluate(model, data, precision=engine.precision, processes=processes)
+                if logger is not None:
+                    logger.write()
+        except (FloatingPointError, ConnectionError) as error:
+            good = folder is not None and (folder / CHECKPOINT).exists()
+            where = f"; the last good checkpoint is in {folder / CHECKPOINT.parent}" if good else ""
+            raise type(error)(f"{error}{where}") from None
+        finally:
+            if logger is not None:
+                logger.close()
+            torch.use_deterministic_algorithms(False)
     return run
 
 
@@ -225,12 +255,19 @@ def _steps(loss_of: BatchLoss, batches: Batches, optimizer, scheduler, scaler, t
                                leave=False, unit="step"):
         if on_gpu:
             torch.compiler.cudagraph_mark_step_begin()
-        loss, right = loss_of(images, labels)
+        size, loss, right = batches.size(len(totals.sizes)), 0.0, 0
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        if len(labels):
+            loss, right = loss_of(images, labels)
+            if len(labels) < size:  # the rest of the batch is in other processes
+                loss = loss * (len(labels) / size)
+            scaler.scale(loss).backward()
+            loss = loss.detach()
+        if totals.processes.count > 1:
+            totals.processes.add(_gradients(optimizer))
         scaler.step(optimizer)
         scaler.update()
-        totals.add(loss, right, len(labels), optimizer)
+        totals.add(loss, right, size, optimizer)
         scheduler.step()
         totals.seconds = earlier + time.perf_counter() - started
         yield
@@ -239,11 +276,28 @@ def _steps(loss_of: BatchLoss, batches: Batches, optimizer, scheduler, scaler, t
         totals.seconds = earlier + time.perf_counter() - started
 
 
-def _summarize(epoch: int, totals: _Totals, run: Run) -> dict[str, float]:
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    "Return the gradients of all parameters, zeros where a process has none."
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters]
+
+
+def _average_buffers(model: nn.Module, processes: Processes) -> None:
+    "Give all processes the mean of their buffers: the running statistics of batch normalisation."
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    processes.add(buffers)
+    for buffer in buffers if processes.count > 1 else ():
+        buffer /= processes.count
+
+
+def _summarize(epoch: int, totals: _Totals, correct: int, run: Run) -> dict[str, float]:
     "Return an epoch's row of the history; `run` has its steps and its evaluation already."
     losses = run.steps["loss"][-len(totals.sizes):]
     return {"epoch": epoch + 1, "train_loss": float(np.average(losses, weights=totals.sizes)),
-            "train_accuracy": totals.correct.item() / sum(totals.sizes), "test_loss": run.evaluation.loss,
+            "train_accuracy": correct / sum(totals.sizes), "test_loss": run.evaluation.loss,
             "test_accuracy": run.evaluation.accuracy, "lr": run.steps["lr"][-1], "seconds": totals.seconds}
 
 
@@ -282,15 +336,20 @@ def _open_folder(folder: Path, config: dict[str, Any], resume: bool) -> tuple[di
             raise InputError(f"the run folder {folder} cannot be written ({error.strerror})") from error
         return config, Engine(**config["engine"])
     refuse_other_run(folder, resume)
-    stored = json.loads(stored_at.read_text())
-    for part in ("model", "data", "recipe", "seed", "deterministic"):
-        if stored[part] != config[part]:
-            then, now = stored[part], config[part]
+    stored = read_config(folder)
+    _refuse_difference(stored, config, f"{folder} holds another run")
+    return stored, Engine(**stored["engine"])
+
+
+def _refuse_difference(theirs: dict[str, Any], config: dict[str, Any], what: str) -> None:
+    "Raise `InputError` where two configurations are not the same training; `what` begins the message."
+    for part in ("model", "data", "recipe", "seed", "deterministic", "processes"):
+        then, now = theirs[part], config[part]
+        if then != now:
             if isinstance(now, dict):
                 different = [key for key in now if then.get(key) != now[key]]
                 then, now = {key: then.get(key) for key in different}, {key: now[key] for key in different}
-            raise InputError(f"{folder} holds another run: its {part} is {then}, not {now}")
-    return stored, Engine(**stored["engine"])
+            raise InputError(f"{what}: its {part} is {then}, not {now}")
 
 
 class _Logger:

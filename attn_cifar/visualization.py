@@ -7,7 +7,7 @@ __all__ = ['COLORS', 'STYLE', 'WIDTH', 'DPI', 'MAX_STORED', 'MAX_ROWS', 'SPLITS'
            'plot_images', 'plot_history', 'plot_schedule', 'plot_lr_find', 'plot_confusion', 'plot_misclassified',
            'plot_explanations', 'overlay', 'plot_network']
 
-# %% ../nbs/06_visualization.ipynb #45fb962a
+# %% ../nbs/06_visualization.ipynb #e8a87c24
 import functools
 import io
 import textwrap
@@ -22,7 +22,7 @@ from .diagram import draw_network, drawing_height, trace_network
 from .explain import Explanation
 from .state import unwrap
 
-# %% ../nbs/06_visualization.ipynb #34c5da22
+# %% ../nbs/06_visualization.ipynb #10f73ca8
 COLORS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "grey": "#6B7280"}
 STYLE = {
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -85,10 +85,14 @@ def _new_axes(height: float, width: float = WIDTH):
 
 
 def _short(name: str, length: int = 14) -> str:
-    "Shorten a class name that would not fit."
-    return name if len(name) <= length else name[: length - 1] + "…"
+    "Shorten a class name that would not fit, and leave nothing in it that is more than a letter to matplotlib."
+    import matplotlib
 
-# %% ../nbs/06_visualization.ipynb #48d9d3d1
+    name = "".join(letter if letter.isprintable() else "·" for letter in name)
+    name = name if len(name) <= length else name[: length - 1] + "…"
+    return name.replace("$", r"\$") if matplotlib.rcParams["text.parse_math"] else name
+
+# %% ../nbs/06_visualization.ipynb #0c1f5c3a
 MAX_ROWS = 20  # classes shown by `plot_images`
 
 
@@ -134,7 +138,7 @@ def _places(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     places = [(row, column) for row, members in enumerate(rows) for column in range(len(members))]
     return [row for row, _ in places], [column for _, column in places]
 
-# %% ../nbs/06_visualization.ipynb #7b648a9e
+# %% ../nbs/06_visualization.ipynb #1fc04938
 SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["orange"], "s")}
 
 
@@ -172,7 +176,7 @@ def plot_history(
     panels[1].set_xlabel("epoch")
     return fig
 
-# %% ../nbs/06_visualization.ipynb #8b6cea09
+# %% ../nbs/06_visualization.ipynb #2a5c6026
 @_styled
 def plot_schedule(
     steps,  # a `Run`, its `steps` ("lr" and, if it moves, "momentum", one value a step), or the learning rates alone
@@ -202,37 +206,45 @@ def plot_schedule(
         ax.set_title("Schedule: learning rate and momentum")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #3bc0c207
+# %% ../nbs/06_visualization.ipynb #2723924d
 @_styled
 def plot_lr_find(
-    result,  # an `LRRangeTest`: lrs, losses, smoothed (which may end earlier), suggestion, reason
+    result,  # an `LRRangeTest`
     ax=None,  # matplotlib Axes; None: a new one
 ):
-    "Plot an LR range test: raw and smoothed loss over the learning rate, the suggestion marked."
+    "Plot an LR range test: raw and smoothed loss over the learning rate, the trials' losses, the suggestion and its range."
     ax = ax or _new_axes(3.4)
     rates, losses, smoothed = (np.asarray(getattr(result, name), dtype=float) for name in ("lrs", "losses", "smoothed"))
     ax.plot(rates, losses, ".", color=COLORS["grey"], alpha=0.5, markersize=4, label="loss of a step")
     ax.plot(rates[: len(smoothed)], smoothed, color=COLORS["blue"], label="smoothed")
     ax.set_xscale("log")
-    finite = smoothed[np.isfinite(smoothed)]
+    if result.band is not None:
+        ax.fill_between(rates, *result.band, color=COLORS["grey"], alpha=0.2, linewidth=0, label="lowest to highest")
+    finite, tried = smoothed[np.isfinite(smoothed)], np.array([pair for pair in result.trials if np.isfinite(pair[1])])
+    if len(tried):
+        ax.plot(*tried.T, "o-", color=COLORS["green"], markersize=5, label="end of a trial")
     if len(finite):
-        start, low = np.median(finite[: max(1, len(finite) // 10)]), finite.min()
+        start, low = np.median(finite[: max(1, len(finite) // 10)]), min([finite.min(), *(loss for _, loss in tried)])
         room = max(start - low, 0.2 * abs(start), 1e-6)
         ax.set_ylim(low - 0.6 * room, min(start + room, max(finite.max(), start) + 0.25 * room))
     if result.suggestion is not None:
         ax.axvline(result.suggestion, color=COLORS["orange"], linestyle="--", linewidth=1.5, label="_suggestion")
-        height = np.interp(np.log(result.suggestion), np.log(rates[: len(smoothed)]), smoothed)
+        line = tried.T if len(tried) else (rates[: len(smoothed)], smoothed)
+        height = np.interp(np.log(result.suggestion), np.log(line[0]), line[1])
+        if result.low is not None:
+            ax.axvspan(result.low, result.high, color=COLORS["orange"], alpha=0.12, linewidth=0)
         ax.plot([result.suggestion], [height], "o", color=COLORS["orange"], markersize=8,
                 label=f"suggestion {result.suggestion:.3g}")
-    else:
-        reason = textwrap.fill(f"no suggestion: {result.reason or 'the loss did not fall'}", 58)
+    if not result.trusted:
+        declined = f"no suggestion: {result.reason or 'the loss did not fall'}"
+        reason = textwrap.fill(f"do not trust this: {result.doubt}" if result.doubt else declined, 58)
         ax.text(0.5, 0.97, reason, transform=ax.transAxes, ha="center", va="top", color=COLORS["orange"], fontsize=10,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85})
     ax.set(xlabel="learning rate", ylabel="loss [nats]", title="LR range test")
     ax.legend(loc="lower left")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #ce9c7c86
+# %% ../nbs/06_visualization.ipynb #3858c831
 MAX_CELL_TEXT = 20  # classes up to which `plot_confusion` writes numbers
 
 
@@ -266,7 +278,7 @@ def plot_confusion(
     ax.set_title(f"Confusion [% of the true class]: {accuracy:.1f} % correct")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #4ed97431
+# %% ../nbs/06_visualization.ipynb #28b33fc7
 @_styled
 def plot_misclassified(
     evaluation,  # an `Evaluation` of the test images of `data`
@@ -299,7 +311,7 @@ def plot_misclassified(
         panels[0].text(0.5, 0.5, "no mistakes", ha="center", va="center", transform=panels[0].transAxes)
     return fig
 
-# %% ../nbs/06_visualization.ipynb #c4b7acda
+# %% ../nbs/06_visualization.ipynb #554e1d8c
 HEAT = "inferno"  # perceptually uniform, its brightness alone carries the order
 
 
@@ -366,7 +378,7 @@ def _caption(explanation: Explanation, index: int, data: ImageData, labels) -> s
     text = f"{explained}\n{100 * float(explanation.probabilities[index]):.0f} %"
     return text if labels is None else f"{_short(data.class_names[int(labels[index])], 11)}\n→ {text}"
 
-# %% ../nbs/06_visualization.ipynb #d1a77064
+# %% ../nbs/06_visualization.ipynb #9aa2834a
 @_styled
 def plot_network(
     model: nn.Module,  # any network that takes images (B, 3, H, W); left as it was
