@@ -34,7 +34,7 @@ def held():
     gc.collect()
     return {"files": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task")),
             "python threads": threading.active_count(), "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
-            "shared memory": sorted(os.listdir("/dev/shm"))}
+            "shared memory": sorted(name for name in os.listdir("/dev/shm") if str(os.getpid()) in name)}  # not others'
 
 
 class Noting(list):  # the history: each epoch appends to it
