@@ -21,7 +21,7 @@ from attn_cifar.models import create_model
 
 epochs, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-data = load_data("shapes").subset(1024, 256)
+data = load_data("shapes").subset(1600, 256)
 memory = []
 
 
@@ -46,8 +46,8 @@ class Noting(list):  # the history: each epoch appends to it
 def train(count, out):
     training.Run = lambda *arguments: Run(*arguments[:2], Noting(), *arguments[3:])
     torch.manual_seed(0)
-    training.fit(create_model("spatial_attn"), data, out=out, recipe="upstream", epochs=count, batch_size=64, device="cpu",
-                 compile=False, verbose=False, checkpoint_seconds=0.2)
+    training.fit(create_model("spatial_attn"), data, out=out, recipe="upstream", epochs=count, batch_size=16, device="cpu",
+                 compile=False, verbose=False, checkpoint_seconds=0.1)
 
 
 Run = training.Run
@@ -68,7 +68,8 @@ def test_a_run_of_24_epochs_holds_its_memory(tmp_path):
     seen = json.loads(done.stdout.splitlines()[-1])
     memory = seen["memory"]
     assert len(memory) == 24
-    assert np.mean(memory[-3:]) <= 1.01 * np.mean(memory[1:4]), [value // 1024 for value in memory]
+    # the C library's heap goes up and down by as much: means of eight epochs tell a leak of a megabyte an epoch from that
+    assert np.mean(memory[-8:]) <= 1.01 * np.mean(memory[2:10]), [value // 1024 for value in memory]
     assert seen["after"] == seen["before"]
 
 
