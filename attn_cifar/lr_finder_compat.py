@@ -35,7 +35,7 @@ class DataLoaderIter:
     def inputs_labels_from_batch(self, batch_data: Any) -> tuple[Any, Any]:
         "Split a batch; override it for batches that are neither lists nor tuples. Raises `ValueError`."
         if not isinstance(batch_data, list | tuple):
-            raise ValueError(f"a batch of type {type(batch_data)} is not supported: inherit from TrainDataLoaderIter or "
+            raise ValueError(f"Your batch type is not supported: {type(batch_data)}. Inherit from TrainDataLoaderIter or "
                              "ValDataLoaderIter, and override inputs_labels_from_batch")
         inputs, labels, *_ = batch_data
         return inputs, labels
