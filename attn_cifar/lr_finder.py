@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['move', 'Stepper', 'sweep', 'endless', 'find_lr', 'fit_with_suggestion']
 
-# %% ../nbs/04_lr_finder.ipynb #f978b91c
+# %% ../nbs/04_lr_finder.ipynb #bbbff725
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ from .state import TrainingState, unwrap
 from .training import (
     Engine, Recipe, Run, autocast, choose_engine, choose_recipe, fit, keep_memory, make_optimizer, refuse_other_run)
 
-# %% ../nbs/04_lr_finder.ipynb #00720d87
+# %% ../nbs/04_lr_finder.ipynb #9ea1dbab
 _LABELS = "labels", "label", "targets", "target", "y"
 
 
@@ -106,7 +106,7 @@ def endless(loader: Iterable) -> Iterator:
         if count == 1:
             raise InputError("the loader has one batch only, so a sweep would learn it by heart: choose a smaller batch_size")
 
-# %% ../nbs/04_lr_finder.ipynb #cace1b45
+# %% ../nbs/04_lr_finder.ipynb #b0c21560
 _SPACING = 10 ** (1 / 3)
 _LOOKS = 4  # batches that measure a trial
 
@@ -146,7 +146,7 @@ def _best_rate(trials: list[tuple[float, float]]) -> float | None:
             return trials[best][0] * _SPACING ** (0.5 * (left - right) / (left + right - 2 * middle))
     return trials[best][0]
 
-# %% ../nbs/04_lr_finder.ipynb #bed891a1
+# %% ../nbs/04_lr_finder.ipynb #45d5dc4a
 class _Measure:
     "Compute the loss of a batch, and note what guessing would cost and how many answers were right."
 
@@ -350,7 +350,7 @@ def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: fl
         result = replace(result, validation=losses.mean(0))
     return result
 
-# %% ../nbs/04_lr_finder.ipynb #27f53963
+# %% ../nbs/04_lr_finder.ipynb #3080c8cd
 def fit_with_suggestion(
     model: nn.Module,
     data: ImageData,

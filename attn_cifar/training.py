@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'fit']
 
-# %% ../nbs/03_training.ipynb #ce08758a
+# %% ../nbs/03_training.ipynb #19e52455
 import copy
 import json
 import logging
@@ -37,7 +37,7 @@ from .state import TrainingState, unwrap, write_tensors
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_training.ipynb #cf267cbc
+# %% ../nbs/03_training.ipynb #cf2332fc
 class _Totals:
     "Gather what an epoch measures, without waiting for the device. Several processes hold what is to be added up."
 
@@ -87,7 +87,7 @@ class _Totals:
         self.correct.copy_(state["correct"] * first)
         self.sizes, self.steps, self.seconds = state["sizes"], state["steps"], state["seconds"]
 
-# %% ../nbs/03_training.ipynb #60960d01
+# %% ../nbs/03_training.ipynb #c3128e9e
 class _Pace:
     "Say when the next checkpoint inside an epoch is due."
 
@@ -130,7 +130,7 @@ class _StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/03_training.ipynb #1aab94ee
+# %% ../nbs/03_training.ipynb #7d1aa155
 def fit(
     model: nn.Module,
     data: ImageData,
