@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['smooth', 'steep', 'valley', 'slide', 'LRRangeTest', 'read_curve']
 
-# %% ../nbs/04_lr_curve.ipynb #ac7d1cc4
+# %% ../nbs/04_lr_curve.ipynb #3826283b
 import json
 import math
 import os
@@ -19,7 +19,7 @@ import torch
 from .data import InputError
 from .runs import write_text
 
-# %% ../nbs/04_lr_curve.ipynb #0d488562
+# %% ../nbs/04_lr_curve.ipynb #cbe85a1e
 def smooth(
     values: np.ndarray,  # float (N,)
     beta: float = 0.9,  # 0: none; 0.98: a long memory
@@ -31,7 +31,7 @@ def smooth(
         smoothed[i] = average / (1 - beta ** (i + 1))
     return smoothed
 
-# %% ../nbs/04_lr_curve.ipynb #6deac147
+# %% ../nbs/04_lr_curve.ipynb #bae8382f
 def steep(lrs: np.ndarray, losses: np.ndarray) -> float:
     "Return the learning rate where the loss falls fastest over the logarithm of the learning rate; both float (N,)."
     return float(lrs[np.argmin(np.diff(losses) / np.diff(np.log(lrs)))])
@@ -60,7 +60,7 @@ def slide(
         left, right = left - 1, right - 1
     return float(lrs[found])
 
-# %% ../nbs/04_lr_curve.ipynb #6005416a
+# %% ../nbs/04_lr_curve.ipynb #32ac4920
 @dataclass(frozen=True)
 class LRRangeTest:
     "Hold the result of an LR range test; usable without a plot."
@@ -113,13 +113,15 @@ class LRRangeTest:
             content["points"] = {str(name): float(value) for name, value in content["points"].items()}
             content["trials"] = [(float(lr), float(loss)) for lr, loss in content["trials"]]
             result = cls(**content)
+            if not all(math.isfinite(value) for value in (result.suggestion or 0, result.low or 0, result.high or 0)):
+                raise ValueError("its suggestion is no number")
             if result.lrs.ndim != 1 or result.lrs.shape != result.losses.shape or len(result.smoothed) > len(result.lrs):
                 raise ValueError("its curves do not belong together")
             return result
-        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise InputError(f"{path} holds no LR range test ({error})") from error
 
-# %% ../nbs/04_lr_curve.ipynb #dba2e88a
+# %% ../nbs/04_lr_curve.ipynb #dd943f02
 def read_curve(
     lrs: np.ndarray,  # float (N,), ascending
     losses: np.ndarray,  # float (N,)

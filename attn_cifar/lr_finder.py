@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['move', 'Stepper', 'sweep', 'endless', 'find_lr', 'fit_with_suggestion']
 
-# %% ../nbs/04_lr_finder.ipynb #bbbff725
+# %% ../nbs/04_lr_finder.ipynb #293dc4c5
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,9 +23,9 @@ from .lr_curve import LRRangeTest, read_curve, smooth  # noqa: F401, handed on
 from .processes import join_processes
 from .state import TrainingState, unwrap
 from .training import (
-    Engine, Recipe, Run, autocast, choose_engine, choose_recipe, fit, keep_memory, make_optimizer, refuse_other_run)
+    Engine, Recipe, Run, autocast, check_output, choose_engine, choose_recipe, fit, keep_memory, make_optimizer, refuse_other_run)
 
-# %% ../nbs/04_lr_finder.ipynb #9ea1dbab
+# %% ../nbs/04_lr_finder.ipynb #fab6ecc0
 _LABELS = "labels", "label", "targets", "target", "y"
 
 
@@ -43,11 +43,14 @@ def _split(batch: Any) -> tuple[Any, Any]:
 
 def move(batch: Any, device: torch.device | str, non_blocking: bool = True) -> Any:
     "Move the tensors in a batch to a device, however deep they lie in tuples, lists and dictionaries."
+    if hasattr(batch, "to"):
+        return batch.to(device, non_blocking=non_blocking)
     if isinstance(batch, Mapping):
         return {key: move(item, device, non_blocking) for key, item in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(move(item, device, non_blocking) for item in batch)
-    return batch.to(device, non_blocking=non_blocking) if hasattr(batch, "to") else batch
+        items = [move(item, device, non_blocking) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
 
 
 class Stepper:
@@ -106,7 +109,7 @@ def endless(loader: Iterable) -> Iterator:
         if count == 1:
             raise InputError("the loader has one batch only, so a sweep would learn it by heart: choose a smaller batch_size")
 
-# %% ../nbs/04_lr_finder.ipynb #b0c21560
+# %% ../nbs/04_lr_finder.ipynb #f4de099d
 _SPACING = 10 ** (1 / 3)
 _LOOKS = 4  # batches that measure a trial
 
@@ -128,7 +131,7 @@ def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list
         if not missing:
             break
         value(missing[0])
-        place = min(found, key=found.__getitem__)
+        place = min(sorted(found), key=found.__getitem__)  # where all diverge, the smallest
     return [(start * _SPACING**place, found[place]) for place in sorted(found)]
 
 
@@ -142,11 +145,11 @@ def _best_rate(trials: list[tuple[float, float]]) -> float | None:
         left, middle, right = losses[best - 1:best + 2]
         right = min(right, middle + 3 * (left - middle))  # beyond the edge of stability a loss says nothing about the slope
         left = min(left, middle + 3 * (right - middle))
-        if left + right > 2 * middle:
+        if 2 * middle < left + right < math.inf:
             return trials[best][0] * _SPACING ** (0.5 * (left - right) / (left + right - 2 * middle))
     return trials[best][0]
 
-# %% ../nbs/04_lr_finder.ipynb #45d5dc4a
+# %% ../nbs/04_lr_finder.ipynb #cea6f0c1
 class _Measure:
     "Compute the loss of a batch, and note what guessing would cost and how many answers were right."
 
@@ -163,12 +166,16 @@ class _Measure:
             inputs, labels = _split(batch)
             named, several = isinstance(inputs, dict), isinstance(inputs, tuple)
             logits = model(**inputs) if named else model(*inputs) if several else model(inputs)
-        if not (isinstance(logits, Tensor) and logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point()):
-            return self.criterion(logits, labels)
-        self.accuracy = (logits.argmax(1) == labels).float().mean().item()
+        classes = isinstance(logits, Tensor) and logits.ndim == labels.ndim + 1 and not labels.is_floating_point()
+        if classes:
+            self.accuracy = (logits.argmax(1) == labels).float().mean().item()
         if self.criterion is not None:
             return self.criterion(logits, labels)
-        counts = torch.bincount(labels, minlength=logits.shape[1])
+        if not classes:
+            raise InputError("the model's output is not one of class scores: pass criterion=")
+        if self.counts is None and labels.max() >= logits.shape[1]:
+            raise InputError(f"there is a label {int(labels.max())}, but the model gives {logits.shape[1]} class scores")
+        counts = torch.bincount(labels[labels >= 0], minlength=logits.shape[1])
         self.counts = counts if self.counts is None else self.counts + counts
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
         if self.recipe.l1_factor:
@@ -216,6 +223,10 @@ def find_lr(
                                ("accumulate", accumulate, 1)):
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, not {value}")
+    if not (0 <= beta < 1 and diverge > 1):
+        raise InputError(f"beta must lie in 0..1 and diverge above 1, not {beta} and {diverge}")
+    if metric == "accuracy" and step is not None:
+        raise InputError("metric accuracy needs labels, which a step of your own keeps to itself: read the loss")
     if metric not in ("loss", "accuracy") or schedule not in ("exponential", "linear"):
         raise InputError(f"metric must be loss or accuracy and schedule exponential or linear, not {metric!r} and {schedule!r}")
     model, recipe = unwrap(model), choose_recipe(model, recipe, changes)
@@ -230,19 +241,23 @@ def find_lr(
         loader = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device) \
             if isinstance(data, ImageData) else data
         if num_steps is None:
-            epoch = len(loader) // accumulate if hasattr(loader, "__len__") else 250
-            num_steps = min(100, max(30, int(0.4 * epoch)))
+            epoch = len(loader) // accumulate if hasattr(loader, "__len__") else 270
+            num_steps = min(100, max(20, int((epoch - 5 * _LOOKS) / 2.5)))  # five trials take 0.3 as many each, and some looks
         lrs = np.geomspace(start_lr, end_lr, num_steps) if schedule == "exponential" else np.linspace(start_lr, end_lr, num_steps)
         measure = _Measure(recipe, engine, criterion, step)
         with TrainingState(model, loader, optimizer=optimizer, scaler=scaler).preserved(), keep_memory():
-            test = _Test(model, optimizer, loader, measure, scaler, accumulate)
-            curves = [test.run(lrs, valid, metric, diverge, beta, fresh=repeat > 0) for repeat in range(repeats)]
-            result = _join_curves(lrs, curves, beta, measure.guessing() if metric == "loss" and valid is None else None)
-            if trials and "minimum" in result.points:
-                result = test.refine(result, trials, max(8, int(0.3 * num_steps)), measure)
+            try:
+                test = _Test(model, optimizer, loader, measure, scaler, accumulate)
+                curves = [test.run(lrs, valid, metric, diverge, beta, fresh=repeat > 0) for repeat in range(repeats)]
+                plain = metric == "loss" and valid is None  # what trials measure
+                result, differ = _join_curves(lrs, curves, beta, measure.guessing() if plain else None)
+                if trials and plain and "minimum" in result.points:
+                    result = test.refine(result, trials, max(6, int(0.3 * num_steps)), measure)
+            finally:
+                model.to(before)  # before the optimizer's state is restored, which goes where the parameters are
     finally:
         model.to(before)
-    return result
+    return replace(result, doubt=result.doubt or differ) if result.suggestion is not None else result
 
 
 class _Test:
@@ -284,7 +299,7 @@ class _Test:
             average = beta * average + (1 - beta) * loss
             smoothed = average / (1 - beta**count)
             best = min(best, smoothed)
-            if not math.isfinite(loss) or (count > 10 and smoothed > diverge * best):
+            if not math.isfinite(loss) or (count > 10 and smoothed - best > (diverge - 1) * abs(best)):
                 break
         return curves
 
@@ -320,7 +335,7 @@ class _Test:
         tried = _try_rates(trial, result.points["minimum"] / 2, most)
         best, least = _best_rate(tried), min(loss for _, loss in tried)
         if best is None:
-            return replace(result, trials=tried, suggestion=None, reason="the loss of every short training was no number")
+            return replace(result, trials=tried, doubt=result.doubt or "the loss of every short training was no number")
         head, guessing = float(result.losses[:5].mean()), measure.guessing()
         spread = float(np.median(np.abs(np.diff(result.losses[np.isfinite(result.losses)])))) / 0.954  # of a batch's loss
         learnt = least < (head if guessing is None else min(guessing, head)) - 2.5 * spread / math.sqrt(_LOOKS)
@@ -332,25 +347,25 @@ class _Test:
                        high=max([*good, best]), points={**result.points, "trials": best})
 
 
-def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: float, guessing: float | None) -> LRRangeTest:
-    "Average repeated sweeps up to the end of the shortest, and read the result."
+def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: float,
+                 guessing: float | None) -> tuple[LRRangeTest, str | None]:
+    "Average repeated sweeps up to the end of the shortest, and read the result; say where they differ too much."
     name = "validation" if curves[0]["validation"] else "read"
     end = min(len(curve[name]) for curve in curves)
     losses = np.array([curve[name][:end] for curve in curves])
-    result = read_curve(lrs[:end], losses.mean(0), beta, guessing)
+    result, differ = read_curve(lrs[:end], losses.mean(0), beta, guessing), None
     if len(curves) > 1:
         result = replace(result, band=np.array([losses.min(0), losses.max(0)]))
         alone = [read_curve(lrs[:end], row, beta, guessing).suggestion for row in losses]
         if result.suggestion is not None and None in alone:
-            doubt = f"{alone.count(None)} of {len(alone)} sweeps alone give no learning rate"
-            result = replace(result, doubt=result.doubt or doubt)
+            differ = f"{alone.count(None)} of {len(alone)} sweeps alone give no learning rate"
         if result.suggestion is not None and None not in alone:
             result = replace(result, low=min(alone), high=max(alone))
     if name == "validation":
         result = replace(result, validation=losses.mean(0))
-    return result
+    return result, differ
 
-# %% ../nbs/04_lr_finder.ipynb #3080c8cd
+# %% ../nbs/04_lr_finder.ipynb #f9f1ccfb
 def fit_with_suggestion(
     model: nn.Module,
     data: ImageData,
@@ -366,6 +381,7 @@ def fit_with_suggestion(
     processes = join_processes(options.get("device"))
     if out is not None:
         processes.from_first(lambda: refuse_other_run(out, resume))
+    check_output(unwrap(model), data)
     changes = {field.name: options.pop(field.name) for field in fields(Recipe) if field.name in options}
     recipe = choose_recipe(model, recipe, changes)
     stored = None if out is None else Path(out) / "lr_find.json"

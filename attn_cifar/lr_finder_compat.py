@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DataLoaderIter', 'TrainDataLoaderIter', 'ValDataLoaderIter', 'LRFinder']
 
-# %% ../nbs/04_lr_finder_compat.ipynb #06410690
+# %% ../nbs/04_lr_finder_compat.ipynb #b81344fa
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .lr_finder import Stepper, move, sweep
+from .lr_finder import Stepper, move
 from .state import TrainingState
 
-# %% ../nbs/04_lr_finder_compat.ipynb #cc473bef
+# %% ../nbs/04_lr_finder_compat.ipynb #a6a45193
 class DataLoaderIter:
     "Iterate once over the batches of a loader, as pairs of inputs and labels."
 
@@ -80,7 +80,7 @@ class ValDataLoaderIter(DataLoaderIter):
         self.run_counter += 1
         return super().__next__()
 
-# %% ../nbs/04_lr_finder_compat.ipynb #25881b2e
+# %% ../nbs/04_lr_finder_compat.ipynb #09b6c2d7
 def _as_iterator(loader: Any, kind: type[DataLoaderIter], name: str) -> DataLoaderIter:
     "Return a loader as an iterator of a kind. Raises `ValueError`."
     if isinstance(loader, DataLoader):
@@ -112,7 +112,7 @@ class LRFinder:
             raise ValueError(f"Unknown amp backend: {amp_backend}")
         if amp_backend == "torch" and grad_scaler is None:
             raise ValueError("`grad_scaler` is required when using `torch.amp`")
-        if cache_dir is not None and not memory_cache and not Path(cache_dir).is_dir():
+        if cache_dir is not None and not Path(cache_dir).is_dir():
             raise ValueError("Given `cache_dir` is not a valid directory")
         self.model, self.criterion = model, criterion
         self.amp_backend, self.amp_config, self.grad_scaler = amp_backend, amp_config, grad_scaler
@@ -167,15 +167,16 @@ class LRFinder:
                 return self.criterion(model(inputs), labels)
 
         scaler = self.grad_scaler if self.amp_backend else None
-        stepper = Stepper(self.model.train(), self.optimizer, train_iter, loss_of, scaler, accumulation_steps)
-        for lr, loss in sweep(stepper, rates):
+        stepper = Stepper(self.model, self.optimizer, train_iter, loss_of, scaler, accumulation_steps)
+        for step in rates:
+            self.model.train()
+            loss = stepper.step(step)
             if val_iter is not None:
                 loss = self._validate(val_iter, non_blocking_transfer)
-                self.model.train()
             if self.history["loss"] and smooth_f > 0:
                 loss = smooth_f * loss + (1 - smooth_f) * self.history["loss"][-1]
             self.best_loss = loss if self.best_loss is None else min(self.best_loss, loss)
-            self.history["lr"].append(lr)
+            self.history["lr"].append(step[0])
             self.history["loss"].append(loss)
             if loss > diverge_th * self.best_loss:
                 print("Stopping early, the loss has diverged")

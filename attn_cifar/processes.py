@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALONE', 'Processes', 'join_processes', 'leave_processes']
 
-# %% ../nbs/02_processes.ipynb #9f200dd1
+# %% ../nbs/02_processes.ipynb #1ea58577
 import atexit
 import os
 import re
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .batches import InputError
 
-# %% ../nbs/02_processes.ipynb #d98120f7
+# %% ../nbs/02_processes.ipynb #3b641bad
 @dataclass(frozen=True)
 class Processes:
     "Say which of how many processes this is, and let them work together. Raises `ConnectionError` when one of them is gone."
@@ -105,7 +105,8 @@ def join_processes(
             torch.cuda.set_device(place)
         with _talking():
             store, rank, count = next(dist.rendezvous("env://"))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # addresses of an attempt that failed can still be there
+            alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]  # on one machine, whose restarts are counted:
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""  # old addresses can still be there
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=count,
                                     store=dist.PrefixStore(f"attempt{attempt}", store))
         atexit.register(dist.destroy_process_group)

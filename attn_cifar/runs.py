@@ -6,7 +6,7 @@
 __all__ = ['Evaluation', 'evaluate', 'Run', 'load_run', 'read_config', 'refuse_other_run', 'write_text', 'write_csv',
            'describe_machine']
 
-# %% ../nbs/03_runs.ipynb #1a2e67f1
+# %% ../nbs/03_runs.ipynb #1a18af1c
 import csv
 import json
 import os
@@ -28,7 +28,7 @@ from .recipes import Engine, Recipe, autocast, keep_memory
 from .processes import ALONE, Processes
 from .state import read_tensors, replacing, unwrap, write_tensors
 
-# %% ../nbs/03_runs.ipynb #f7df21bb
+# %% ../nbs/03_runs.ipynb #8149029d
 @dataclass(frozen=True)
 class Evaluation:
     "Hold the logits of a model on a labelled set, and what follows from them."
@@ -73,7 +73,10 @@ class Evaluation:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Evaluation":
         "Read what `save` wrote. Raises `InputError`."
-        return cls(**read_tensors(path))
+        try:
+            return cls(**read_tensors(path))
+        except TypeError as error:
+            raise InputError(f"{path} holds no evaluation") from error
 
 
 def evaluate(
@@ -115,7 +118,7 @@ def evaluate(
     all_logits = torch.cat(logits).cpu()
     return Evaluation(all_logits, torch.cat(labels).cpu(), class_names or tuple(map(str, range(all_logits.shape[1]))))
 
-# %% ../nbs/03_runs.ipynb #493a516e
+# %% ../nbs/03_runs.ipynb #2e312236
 @dataclass
 class Run:
     "Hold one training: its configuration, what was measured, the model and its last evaluation."
@@ -168,6 +171,8 @@ def read_config(
         raise InputError(f"{folder} holds no run: there is no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            config.setdefault("processes", 1)  # runs of older versions
         _check_kinds(config, _CONFIG, "it")
         Recipe(**config["recipe"]), Engine(**config["engine"])
         if not 8 <= config["data"]["image_size"] <= 1024 or len(config["data"]["class_names"]) < 2:

@@ -20,17 +20,18 @@ from attn_cifar.training import fit
 
 
 def command(send: str, marker: str, *words: str) -> None:
-    """Run a command line; the second process sends itself a signal after its 40th step, once for each marker file."""
-    steps = 0
+    """Run a command line. `send` as SIGTERM@01: those processes signal themselves after their 40th step, once for each marker."""
+    name, _, ranks = send.partition("@")
+    once, steps = Path(f"{marker}.{os.environ['RANK']}"), 0
 
     def count(*_):
         nonlocal steps
         steps += 1
-        if os.environ["RANK"] == "1" and steps == 40 and not Path(marker).exists():
-            Path(marker).touch()
-            os.kill(os.getpid(), getattr(signal, send))
+        if steps == 40 and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), getattr(signal, name))
 
-    if send != "none":
+    if os.environ["RANK"] in ranks:
         register_optimizer_step_post_hook(count)
     sys.exit(main(words))
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from attn_cifar.cli import main
 from attn_cifar.data import Batches, InputError, cache_folder, load_data, read_image
+from attn_cifar.lr_finder import LRRangeTest
 from attn_cifar.models import create_model
 from attn_cifar.state import TrainingState, read_tensors, write_tensors
 from attn_cifar.training import fit, load_run
@@ -279,6 +280,7 @@ def fuzz(kind: str, examples: int, place: Path) -> dict[str, int]:
     before = files(place)
     attack()
     assert files(place) == before, "a file was changed elsewhere"
+    assert {path.name for path in Path.cwd().iterdir()} <= {"cache"}, "a file was written elsewhere"
     assert not Path("/tmp/escaped").exists()
     return dict(seen)
 
@@ -415,6 +417,21 @@ def test_nothing_that_is_read_is_executed(tmp_path, source):
         with pytest.raises(InputError, match="damaged"):
             read_tensors(path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", '{"suggestion": NaN}', f'{{"suggestion": {"9" * 400}}}', "null"])
+def test_a_range_test_that_is_none_is_refused(tmp_path, content):
+    path = tmp_path / "lr_find.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="holds no LR range test"):
+        LRRangeTest.load(path)
+
+
+def test_an_evaluation_that_is_none_is_refused(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    shutil.copy(place / "run" / "model.safetensors", tmp_path / "run" / "evaluation.safetensors")
+    with pytest.raises(InputError, match="holds no evaluation"):
+        load_run(tmp_path / "run")
 
 
 def test_a_full_disk_costs_one_line_and_not_the_last_checkpoint(tmp_path):

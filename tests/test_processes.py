@@ -82,22 +82,23 @@ def test_gradients_are_those_of_pytorchs_wrapper(tmp_path):
 
 def test_a_dead_process_ends_the_run_and_a_restart_completes_it(images, whole, tmp_path):
     out, marker = tmp_path / "run", str(tmp_path / "died")
-    done = torchrun(2, "command", "SIGKILL", marker, *train(images, out))
-    assert done.returncode != 0 and Path(marker).exists()
+    done = torchrun(2, "command", "SIGKILL@1", marker, *train(images, out))
+    assert done.returncode != 0 and Path(f"{marker}.1").exists()
     lines = [line for line in done.stderr.splitlines() if line.startswith("attn-cifar:") and "note:" not in line]
     assert len(lines) == 1 and "another process of this training has ended" in lines[0] and "last good checkpoint" in lines[0]
     stored = read_tensors(out / "checkpoint" / "state.safetensors")
     assert len(stored["notes"]["history"]) == 1, "the first epoch is kept"
 
-    Path(marker).unlink()  # it dies again, and torchrun starts both again by itself
-    done = torchrun(2, "command", "SIGKILL", marker, *train(images, out, "--resume"), restarts=1)
+    Path(f"{marker}.1").unlink()  # it dies again, and torchrun starts both again by itself
+    done = torchrun(2, "command", "SIGKILL@1", marker, *train(images, out, "--resume"), restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert Path(marker).exists() and differences(out, whole) == []
+    assert Path(f"{marker}.1").exists() and differences(out, whole) == []
 
 
-def test_a_signal_to_one_stops_all_at_the_same_step(images, whole, tmp_path):
+@pytest.mark.parametrize("ranks", ["0", "1", "01"])
+def test_a_signal_stops_all_at_the_same_step_and_saves_first(images, whole, tmp_path, ranks):
     out = tmp_path / "run"
-    done = torchrun(2, "command", "SIGTERM", str(tmp_path / "stopped"), *train(images, out))
+    done = torchrun(2, "command", f"SIGTERM@{ranks}", str(tmp_path / "stopped"), *train(images, out))
     assert done.returncode != 0 and "train with --resume" in done.stderr
     stored = read_tensors(out / "checkpoint" / "state.safetensors")
     steps = len(stored["notes"]["steps"]["loss"]) + len(stored["state"]["totals"]["sizes"])
