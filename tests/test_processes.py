@@ -1,6 +1,8 @@
 """Several processes are one training: the same losses, one writer, one end. They are started by torchrun, on this machine."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from attn_cifar.state import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(Path(__file__).with_name("process_runs.py"))
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as torchrun itself sets it where it starts several processes
 COMPARED = ("model.safetensors", "evaluation.safetensors", "metrics.csv", "steps.csv")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
 
@@ -25,7 +28,7 @@ def torchrun(count: int, *words: str, restarts: int = 0) -> subprocess.Completed
     """Start a program of `process_runs.py` in several processes; a hang ends as a failure."""
     options = ["--standalone", "--nproc-per-node", str(count), "--max-restarts", str(restarts)]
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", *options, PROGRAM, *words], capture_output=True,
-                          text=True, timeout=240)
+                          text=True, timeout=240, env=ONE_THREAD)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,20 @@ def test_a_signal_stops_all_at_the_same_step_and_saves_first(images, whole, tmp_
     done = torchrun(2, "command", "none", "-", *train(images, out, "--resume"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert differences(out, whole) == []
+
+
+def test_two_machines_are_the_same_training(images, whole, tmp_path):
+    """Two agents that meet through torchrun's rendezvous, with a process each, as on two machines."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    words = [sys.executable, "-m", "torch.distributed.run", *options, PROGRAM, "command", "none", "-"]
+    words += train(images, tmp_path / "run")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agents = [subprocess.Popen(words, env=ONE_THREAD, **pipes) for _ in range(2)]
+    errors = [agent.communicate(timeout=240)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert differences(tmp_path / "run", whole) == []
 
 
 def test_another_number_of_processes_is_refused(images, whole, capsys):
