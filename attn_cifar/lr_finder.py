@@ -203,7 +203,7 @@ def find_lr(
     metric: str = "loss",  # or "accuracy" (Smith's own test): read the share of errors in each batch instead
     start_lr: float = 1e-6,
     end_lr: float = 10.0,
-    num_steps: int | None = None,  # of the sweep; None: 100, or fewer, so that sweep and trials stay below an epoch
+    num_steps: int | None = None,  # of the sweep; None: 20 to 100, so that sweep and trials fit an epoch of 75 batches or more
     schedule: str = "exponential",  # or "linear"
     trials: int = 5,  # short trainings after the sweep, 0 for none
     repeats: int = 1,  # sweeps from the same weights through other batches; their range is the band
