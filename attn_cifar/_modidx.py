@@ -153,6 +153,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                       'attn_cifar.lr_finder._Test.restart': ('lr_finder.html#_test.restart', 'attn_cifar/lr_finder.py'),
                                       'attn_cifar.lr_finder._Test.run': ('lr_finder.html#_test.run', 'attn_cifar/lr_finder.py'),
                                       'attn_cifar.lr_finder._Test.sweep': ('lr_finder.html#_test.sweep', 'attn_cifar/lr_finder.py'),
+                                      'attn_cifar.lr_finder._Test.trial': ('lr_finder.html#_test.trial', 'attn_cifar/lr_finder.py'),
                                       'attn_cifar.lr_finder._Test.validate': ('lr_finder.html#_test.validate', 'attn_cifar/lr_finder.py'),
                                       'attn_cifar.lr_finder._best_rate': ('lr_finder.html#_best_rate', 'attn_cifar/lr_finder.py'),
                                       'attn_cifar.lr_finder._join_curves': ('lr_finder.html#_join_curves', 'attn_cifar/lr_finder.py'),

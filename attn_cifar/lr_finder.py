@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['move', 'Stepper', 'sweep', 'endless', 'find_lr', 'fit_with_suggestion']
 
-# %% ../nbs/04_lr_finder.ipynb #293dc4c5
+# %% ../nbs/04_lr_finder.ipynb #16af3e67
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from .state import TrainingState, unwrap
 from .training import (
     Engine, Recipe, Run, autocast, check_output, choose_engine, choose_recipe, fit, keep_memory, make_optimizer, refuse_other_run)
 
-# %% ../nbs/04_lr_finder.ipynb #fab6ecc0
+# %% ../nbs/04_lr_finder.ipynb #d50ec5f6
 _LABELS = "labels", "label", "targets", "target", "y"
 
 
@@ -109,9 +111,11 @@ def endless(loader: Iterable) -> Iterator:
         if count == 1:
             raise InputError("the loader has one batch only, so a sweep would learn it by heart: choose a smaller batch_size")
 
-# %% ../nbs/04_lr_finder.ipynb #f4de099d
+# %% ../nbs/04_lr_finder.ipynb #76f6501b
 _SPACING = 10 ** (1 / 3)
-_LOOKS = 4  # batches that measure a trial
+_SOFT = 0.2  # of the fall: a trial that much worse than the best weighs 1/e
+_ENOUGH = 0.1  # of the loss: a trial has to fall by that much, or trials get longer
+_LONGER = 1, 2, 4
 
 
 def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list[tuple[float, float]]:
@@ -135,28 +139,23 @@ def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list
     return [(start * _SPACING**place, found[place]) for place in sorted(found)]
 
 
-def _best_rate(trials: list[tuple[float, float]]) -> float | None:
-    "Return the learning rate with the lowest loss, between those tried; None where no loss was a number."
-    losses = [loss for _, loss in trials]
-    best = int(np.argmin(losses))
-    if not math.isfinite(losses[best]):
+def _best_rate(trials: list[tuple[float, float]], head: float) -> float | None:
+    "Return the learning rate that trials speak for, given the loss at the start; None where no loss was a number."
+    lrs, losses = np.array(trials).T
+    if not np.isfinite(losses.min()):
         return None
-    if 0 < best < len(trials) - 1:
-        left, middle, right = losses[best - 1:best + 2]
-        right = min(right, middle + 3 * (left - middle))  # beyond the edge of stability a loss says nothing about the slope
-        left = min(left, middle + 3 * (right - middle))
-        if 2 * middle < left + right < math.inf:
-            return trials[best][0] * _SPACING ** (0.5 * (left - right) / (left + right - 2 * middle))
-    return trials[best][0]
+    weights = np.exp(-(losses - losses.min()) / max(_SOFT * (head - losses.min()), 1e-12))
+    return float(np.exp((weights * np.log(lrs)).sum() / weights.sum()))
 
-# %% ../nbs/04_lr_finder.ipynb #cea6f0c1
+# %% ../nbs/04_lr_finder.ipynb #74473503
 class _Measure:
     "Compute the loss of a batch, and note what guessing would cost and how many answers were right."
 
-    def __init__(self, recipe: Recipe, engine: Engine, criterion: Callable | None, step: Callable | None):
-        self.recipe, self.engine, self.criterion, self.step = recipe, engine, criterion, step
-        self.counts: Tensor | None = None  # of each label
-        self.accuracy = math.nan  # of the last batch
+    def __init__(self, recipe: Recipe, engine: Engine, criterion: Callable | None, step: Callable | None, count_correct: bool):
+        self.recipe, self.engine, self.criterion, self.step, self.count_correct = recipe, engine, criterion, step, count_correct
+        self.labels: list[Tensor] = []  # that were trained on
+        self.classes = 0
+        self.correct: Tensor | None = None  # share of right answers in the last batch
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         batch = move(batch, self.engine.device)
@@ -167,16 +166,16 @@ class _Measure:
             named, several = isinstance(inputs, dict), isinstance(inputs, tuple)
             logits = model(**inputs) if named else model(*inputs) if several else model(inputs)
         classes = isinstance(logits, Tensor) and logits.ndim == labels.ndim + 1 and not labels.is_floating_point()
-        if classes:
-            self.accuracy = (logits.argmax(1) == labels).float().mean().item()
+        if classes and self.count_correct:
+            self.correct = (logits.argmax(1) == labels).float().mean()
         if self.criterion is not None:
             return self.criterion(logits, labels)
         if not classes:
             raise InputError("the model's output is not one of class scores: pass criterion=")
-        if self.counts is None and labels.max() >= logits.shape[1]:
+        if not self.labels and labels.max() >= logits.shape[1]:
             raise InputError(f"there is a label {int(labels.max())}, but the model gives {logits.shape[1]} class scores")
-        counts = torch.bincount(labels[labels >= 0], minlength=logits.shape[1])
-        self.counts = counts if self.counts is None else self.counts + counts
+        self.classes = logits.shape[1]
+        self.labels.append(labels)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
         if self.recipe.l1_factor:
             loss = loss + self.recipe.l1_factor * sum(p.abs().mean() for p in model.parameters() if p.requires_grad)
@@ -184,9 +183,11 @@ class _Measure:
 
     def guessing(self) -> float | None:
         "Return the loss of the best constant answer to the labels seen so far; None where the loss is the user's own."
-        if self.counts is None:
+        if not self.labels:
             return None
-        share = self.counts.double() / self.counts.sum()
+        labels = torch.cat([batch.flatten() for batch in self.labels])
+        share = torch.bincount(labels[labels >= 0], minlength=self.classes).double()
+        share = share / share.sum()
         share = share * (1 - self.recipe.label_smoothing) + self.recipe.label_smoothing / len(share)
         return float(-(share * share.clamp(min=1e-12).log()).sum())
 
@@ -203,7 +204,7 @@ def find_lr(
     metric: str = "loss",  # or "accuracy" (Smith's own test): read the share of errors in each batch instead
     start_lr: float = 1e-6,
     end_lr: float = 10.0,
-    num_steps: int | None = None,  # of the sweep; None: 20 to 100, so that sweep and trials fit an epoch of 75 batches or more
+    num_steps: int | None = None,  # of the sweep; None: a fifth of an epoch, but 20 to 100; the trials share the rest
     schedule: str = "exponential",  # or "linear"
     trials: int = 5,  # short trainings after the sweep, 0 for none
     repeats: int = 1,  # sweeps from the same weights through other batches; their range is the band
@@ -240,19 +241,19 @@ def find_lr(
         scaler = scaler or torch.amp.GradScaler(engine.device, enabled=engine.precision == "float16")
         loader = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device) \
             if isinstance(data, ImageData) else data
-        if num_steps is None:
-            epoch = len(loader) // accumulate if hasattr(loader, "__len__") else 270
-            num_steps = min(100, max(20, int((epoch - 5 * _LOOKS) / 2.5)))  # five trials take 0.3 as many each, and some looks
+        epoch = len(loader) // accumulate if hasattr(loader, "__len__") else 500
+        num_steps = num_steps or min(100, max(20, epoch // 5))
+        each = min(112, max(10, (epoch - num_steps) // max(trials, 1)))  # batches for a trial
         lrs = np.geomspace(start_lr, end_lr, num_steps) if schedule == "exponential" else np.linspace(start_lr, end_lr, num_steps)
-        measure = _Measure(recipe, engine, criterion, step)
+        measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
         with TrainingState(model, loader, optimizer=optimizer, scaler=scaler).preserved(), keep_memory():
             try:
                 test = _Test(model, optimizer, loader, measure, scaler, accumulate)
                 curves = [test.run(lrs, valid, metric, diverge, beta, fresh=repeat > 0) for repeat in range(repeats)]
                 plain = metric == "loss" and valid is None  # what trials measure
                 result, differ = _join_curves(lrs, curves, beta, measure.guessing() if plain else None)
-                if trials and plain and "minimum" in result.points:
-                    result = test.refine(result, trials, max(6, int(0.3 * num_steps)), measure)
+                if trials and plain and result.points:
+                    result = test.refine(result, trials, each)
             finally:
                 model.to(before)  # before the optimizer's state is restored, which goes where the parameters are
     finally:
@@ -293,7 +294,7 @@ class _Test:
         for count, loss in enumerate(self.sweep(lrs), start=1):
             if count == 1 and not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} before the first step: look at the data and the model")
-            curves["read"].append(1 - self.measure.accuracy if metric == "accuracy" else loss)
+            curves["read"].append(1 - self.measure.correct.item() if metric == "accuracy" else loss)
             if valid is not None:
                 curves["validation"].append(self.validate(valid))
             average = beta * average + (1 - beta) * loss
@@ -307,41 +308,51 @@ class _Test:
         "Return the mean loss over validation batches, in evaluation mode."
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
-        counts = self.measure.counts
+        seen = len(self.measure.labels)
         try:
             with torch.no_grad():
                 losses = [self.measure(self.model, batch).item() for batch in valid]
         finally:
-            self.measure.counts = counts
+            del self.measure.labels[seen:]
             for module, mode in training.items():
                 module.training = mode
         if not losses:
             raise InputError("valid gives no batches: an iterator can be used only once, pass a loader")
         return float(np.mean(losses))
 
-    def refine(self, result: LRRangeTest, most: int, steps: int, measure: _Measure) -> LRRangeTest:
-        "Try learning rates around the curve's minimum; put what they say in the place of the curve's suggestion."
+    def trial(self, peak: float, batches: int) -> float:
+        "Train shortly from the start, up to a peak learning rate and down again; return the loss of the next batches."
+        looks = max(4, batches // 8)
+        steps = batches - looks
         rise = max(1, round(0.3 * steps))
         shape = [0.04 + 0.48 * (1 - math.cos(math.pi * (k + 1) / rise)) for k in range(rise)]
         shape += [0.5 * (1 + math.cos(math.pi * (k + 1) / (steps - rise + 1))) for k in range(steps - rise)]
+        self.restart()
+        if not all(math.isfinite(loss) for loss in self.sweep(peak * part for part in shape)):
+            return math.inf
+        return self.stepper.look(looks)
 
-        def trial(peak: float) -> float:
-            self.restart()
-            for loss in self.sweep(peak * part for part in shape):
-                if not math.isfinite(loss):
-                    return math.inf
-            return self.stepper.look(_LOOKS)
-
-        tried = _try_rates(trial, result.points["minimum"] / 2, most)
-        best, least = _best_rate(tried), min(loss for _, loss in tried)
+    def refine(self, result: LRRangeTest, most: int, batches: int) -> LRRangeTest:
+        "Try learning rates around what the curve says; put what they say in the place of the curve's suggestion."
+        head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
+        level = head if guessing is None else min(head, guessing)
+        start = result.points["minimum"] / 2 if result.reason is None else result.points["rise"] / 8
+        for longer in _LONGER:
+            trial = cache(partial(self.trial, batches=batches * longer))
+            if longer > 1 and not trial(start) < level - _ENOUGH * abs(level):
+                continue
+            tried = _try_rates(trial, start, most)
+            start, least = min(tried, key=itemgetter(1))
+            if least < level - _ENOUGH * abs(level):
+                break
+        best = _best_rate(tried, head)
         if best is None:
             return replace(result, trials=tried, doubt=result.doubt or "the loss of every short training was no number")
-        head, guessing = float(result.losses[:5].mean()), measure.guessing()
         spread = float(np.median(np.abs(np.diff(result.losses[np.isfinite(result.losses)])))) / 0.954  # of a batch's loss
-        learnt = least < (head if guessing is None else min(guessing, head)) - 2.5 * spread / math.sqrt(_LOOKS)
+        learnt = least < level - 2.5 * spread / math.sqrt(max(4, batches // 8))
         if not learnt and result.suggestion is None:
             return replace(result, trials=tried)  # neither the curve nor the trials say anything
-        good = [lr for lr, loss in tried if loss <= least + 0.1 * abs(head - least)]
+        good = [lr for lr, loss in tried if loss <= least + _SOFT * abs(head - least)]
         doubt = None if learnt else f"no short training got below guessing: {least:.3g} at best" if result.doubt else None
         return replace(result, suggestion=best, reason=None, trials=tried, doubt=doubt, low=min([*good, best]),
                        high=max([*good, best]), points={**result.points, "trials": best})
@@ -365,7 +376,7 @@ def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: fl
         result = replace(result, validation=losses.mean(0))
     return result, differ
 
-# %% ../nbs/04_lr_finder.ipynb #f9f1ccfb
+# %% ../nbs/04_lr_finder.ipynb #183dad30
 def fit_with_suggestion(
     model: nn.Module,
     data: ImageData,
