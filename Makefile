@@ -23,7 +23,7 @@ test: .venv/.installed-dev
 
 # Measure training through other loops and ours; DATA=folder for images other than the downloaded CIFAR-10.
 bench: .venv-bench/.installed
-	@.venv-bench/bin/python -m attn_cifar study speed $(if $(DATA),--data $(DATA))
+	@.venv-bench/bin/python -m attn_cifar study $(or $(STUDY),speed) $(if $(DATA),--data $(DATA))
 
 export: .venv/.installed-dev
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export

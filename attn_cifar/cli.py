@@ -244,7 +244,7 @@ _COMMANDS = {
 }
 _WORDS = {"run": {"metavar": "RUN", "help": "a run folder, as written by train"},
           "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-          "name": {"metavar": "NAME", "help": "demo, reproduction or speed"}}
+          "name": {"metavar": "NAME", "help": "demo, reproduction, speed or lr_finders"}}
 
 
 def make_parser() -> argparse.ArgumentParser:
