@@ -6,7 +6,7 @@
 __all__ = ['NETWORKS', 'HELD_OUT', 'SETTINGS', 'TRAIN', 'VALID', 'FINDERS', 'NO_ANSWER', 'Setting', 'setting_data',
            'train_setting', 'ask', 'available_finders', 'regret', 'oracle_regrets', 'measure_sweep', 'lr_finders']
 
-# %% ../nbs/09_finders.ipynb #d8487b80
+# %% ../nbs/09_finders.ipynb #d54d86af
 import importlib.util
 import io
 import json
@@ -33,7 +33,7 @@ from .recipes import OPTIMIZERS
 from .runs import write_text
 from .training import Recipe, autocast, choose_engine, describe_machine, fit, keep_memory, make_optimizer
 
-# %% ../nbs/09_finders.ipynb #7fcccc9d
+# %% ../nbs/09_finders.ipynb #098388a7
 class _Residual(nn.Module):
     "Add a block's output to its input."
 
@@ -81,6 +81,13 @@ class _Tokens(nn.Module):
         return self.patches(images).flatten(2).transpose(1, 2) + self.positions
 
 
+class _AsTokens(nn.Module):
+    "Turn (B, C, H, W) into (B, H W, C)."
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2)
+
+
 class _Mean(nn.Module):
     "Average (B, N, C) over N."
 
@@ -105,7 +112,6 @@ NETWORKS = {
     # looked at while the default was designed
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
     "conv, batch norm": lambda: nn.Sequential(*_conv(3, 16, stride=2), *_conv(16, 32, stride=2), *_conv(32, 64), *_head(64)),
-    # held out
     "conv, no norm": lambda: nn.Sequential(*_conv(3, 16, False, 2), *_conv(16, 32, False, 2), *_conv(32, 32, False), nn.MaxPool2d(2),
                                            nn.Flatten(), nn.Linear(512, 10)),
     "vision transformer": lambda: nn.Sequential(
@@ -117,10 +123,20 @@ NETWORKS = {
     "residual, batch norm": lambda: nn.Sequential(
         *_conv(3, 16, stride=2), *_conv(16, 32, stride=2),
         *(_Residual(*_conv(32, 32), nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)) for _ in range(2)), *_head(32)),
+    # held out
+    "convolution and attention": lambda: nn.Sequential(
+        *_conv(3, 16, stride=2), *_conv(16, 32, stride=2), _AsTokens(), _Residual(nn.LayerNorm(32), _Attention(32)),
+        _Residual(nn.LayerNorm(32), _mlp(32, 64)), nn.LayerNorm(32), _Mean(), nn.Linear(32, 10)),
+    "conv, group norm": lambda: nn.Sequential(
+        *(part for a, b in ((3, 16), (16, 32), (32, 64)) for part in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU())),
+        *_head(64)),
+    "residual mlp, layer norm": lambda: nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(768, 128), *(_Residual(nn.LayerNorm(128), _mlp(128, 128)) for _ in range(3)),
+        nn.LayerNorm(128), nn.Linear(128, 10)),
 }
-HELD_OUT = tuple(NETWORKS)[2:]
+HELD_OUT = tuple(NETWORKS)[6:]
 
-# %% ../nbs/09_finders.ipynb #4c42eb9f
+# %% ../nbs/09_finders.ipynb #272ad72d
 @dataclass(frozen=True)
 class Setting:
     "Say what is trained, all but the learning rate."
@@ -176,7 +192,7 @@ def train_setting(
     except FloatingPointError:
         return 1 / len(data.class_names)
 
-# %% ../nbs/09_finders.ipynb #e960cf49
+# %% ../nbs/09_finders.ipynb #4f67d997
 class _Loader(torch.utils.data.IterableDataset):
     "Give the batches of `Batches` to libraries that want a DataLoader."
 
@@ -264,13 +280,13 @@ def ask(
     return {**vars(setting), "finder": finder, "seed": seed, "suggestions": lrs, "error": error,
             "seconds": time.perf_counter() - start}
 
-# %% ../nbs/09_finders.ipynb #739f384e
+# %% ../nbs/09_finders.ipynb #faedd70a
 def available_finders() -> list[str]:
     "Return the finders whose packages are installed, ours first."
     packages = {"fastai": "fastai", "torch-lr-finder": "torch_lr_finder", "Lightning": "lightning"}
     return [name for name in FINDERS if name == "ours" or importlib.util.find_spec(packages[name])]
 
-# %% ../nbs/09_finders.ipynb #f5c71317
+# %% ../nbs/09_finders.ipynb #b542a34c
 NO_ANSWER = 1e-3  # PyTorch's default for SGD, Adam and AdamW
 
 
@@ -288,7 +304,7 @@ def oracle_regrets(lrs: np.ndarray, accuracy: np.ndarray) -> list[float]:
     "Return, for each seed, the regret of the learning rate that was best for it."
     return [regret(lrs, accuracy, float(lrs[best])) for best in accuracy.argmax(0)]
 
-# %% ../nbs/09_finders.ipynb #4f79364f
+# %% ../nbs/09_finders.ipynb #6341ce8a
 def measure_sweep(
     setting: Setting,
     data: ImageData,
@@ -329,7 +345,7 @@ def measure_sweep(
             ratios.append(seconds[swept] / seconds[plain])
     return ratios
 
-# %% ../nbs/09_finders.ipynb #4c021700
+# %% ../nbs/09_finders.ipynb #fea53b72
 def lr_finders(data: str = "cifar10", results: str = "nbs/studies/results/lr_finders.json", seeds: tuple[int, ...] = (0, 1, 2),
                settings: Sequence[Setting] = SETTINGS, train: int = TRAIN, valid: int = VALID, **_: Any) -> None:
     "Train every setting at every learning rate of its grid, ask every finder, and store both."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['smooth', 'steep', 'valley', 'slide', 'LRRangeTest', 'read_curve']
 
-# %% ../nbs/04_lr_curve.ipynb #c5406e05
+# %% ../nbs/04_lr_curve.ipynb #9dee53f1
 import json
 import math
 import os
@@ -19,7 +19,7 @@ import torch
 from .data import InputError
 from .runs import write_text
 
-# %% ../nbs/04_lr_curve.ipynb #c5e3e116
+# %% ../nbs/04_lr_curve.ipynb #0cd6c8fc
 def smooth(
     values: np.ndarray,  # float (N,)
     beta: float = 0.9,  # 0: none; 0.98: a long memory
@@ -31,7 +31,7 @@ def smooth(
         smoothed[i] = average / (1 - beta ** (i + 1))
     return smoothed
 
-# %% ../nbs/04_lr_curve.ipynb #8312500f
+# %% ../nbs/04_lr_curve.ipynb #4c985258
 def steep(lrs: np.ndarray, losses: np.ndarray) -> float:
     "Return the learning rate where the loss falls fastest over the logarithm of the learning rate; both float (N,)."
     return float(lrs[np.argmin(np.diff(losses) / np.diff(np.log(lrs)))])
@@ -60,7 +60,7 @@ def slide(
         left, right = left - 1, right - 1
     return float(lrs[found])
 
-# %% ../nbs/04_lr_curve.ipynb #8d40ef6e
+# %% ../nbs/04_lr_curve.ipynb #07c5acff
 @dataclass(frozen=True)
 class LRRangeTest:
     "Hold the result of an LR range test; usable without a plot."
@@ -121,7 +121,7 @@ class LRRangeTest:
         except (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise InputError(f"{path} holds no LR range test ({error})") from error
 
-# %% ../nbs/04_lr_curve.ipynb #f1ddee4b
+# %% ../nbs/04_lr_curve.ipynb #d121fb3e
 def read_curve(
     lrs: np.ndarray,  # float (N,), ascending
     losses: np.ndarray,  # float (N,)
@@ -141,10 +141,11 @@ def read_curve(
     noise = float(np.median(np.abs(np.diff(losses[:end])))) / 0.954 * math.sqrt((1 - beta) / (1 + beta))  # of `smoothed`
     fall = head - float(smoothed[lowest])
     level = np.flatnonzero(smoothed <= head + 3 * noise)
-    rise = {"rise": float(lrs[level[-1]])} if len(level) and level[-1] >= first else {}
+    rise = {"rise": float(lrs[level[-1]])} if len(level) and first <= level[-1] < end - 1 else {}
     if lowest < first + 2:
-        reason = f"the loss never fell, and rose from {rise['rise']:.2g} on" if rise else "the loss only rose"
-        return replace(result, points=rise, reason=reason + ": start from a smaller learning rate" * (not rise))
+        reason = f"the loss never fell, and rose from {rise['rise']:.2g} on" if rise else \
+            "the loss never fell" if len(level) and level[-1] == end - 1 else "the loss only rose: start from a smaller learning rate"
+        return replace(result, points=rise, reason=reason)
     minimum = float(lrs[lowest])
     if fall < 6 * noise + 1e-3 * abs(head):
         reason = f"the loss fell by {max(fall, 0):.2g} only, which may be noise: no learning rate stands out"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['move', 'Stepper', 'sweep', 'endless', 'find_lr', 'fit_with_suggestion']
 
-# %% ../nbs/04_lr_finder.ipynb #16af3e67
+# %% ../nbs/04_lr_finder.ipynb #406dede8
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +27,7 @@ from .state import TrainingState, unwrap
 from .training import (
     Engine, Recipe, Run, autocast, check_output, choose_engine, choose_recipe, fit, keep_memory, make_optimizer, refuse_other_run)
 
-# %% ../nbs/04_lr_finder.ipynb #d50ec5f6
+# %% ../nbs/04_lr_finder.ipynb #6549f233
 _LABELS = "labels", "label", "targets", "target", "y"
 
 
@@ -84,10 +84,11 @@ class Stepper:
         self.scaler.update()
         return total
 
-    def look(self, count: int) -> float:
-        "Return the mean loss of the next batches, without training on them."
+    def look(self, count: int) -> tuple[float, float]:
+        "Return the mean loss of the next batches, two at least, without training on them, and its standard error."
         with torch.no_grad():
-            return float(np.mean([self.loss_of(self.model, next(self.batches)).item() for _ in range(count)]))
+            losses = [self.loss_of(self.model, next(self.batches)).item() for _ in range(count)]
+        return float(np.mean(losses)), float(np.std(losses, ddof=1) / math.sqrt(count))
 
 
 def sweep(
@@ -111,11 +112,17 @@ def endless(loader: Iterable) -> Iterator:
         if count == 1:
             raise InputError("the loader has one batch only, so a sweep would learn it by heart: choose a smaller batch_size")
 
-# %% ../nbs/04_lr_finder.ipynb #76f6501b
+# %% ../nbs/04_lr_finder.ipynb #75f35e86
 _SPACING = 10 ** (1 / 3)
 _SOFT = 0.2  # of the fall: a trial that much worse than the best weighs 1/e
 _ENOUGH = 0.1  # of the loss: a trial has to fall by that much, or trials get longer
 _LONGER = 1, 2, 4
+
+
+def _usual_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    "Return the peak that one would try first, where there is one."
+    adam = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam
+    return 0.003 if isinstance(optimizer, adam) else 0.1 if isinstance(optimizer, torch.optim.SGD) else None
 
 
 def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list[tuple[float, float]]:
@@ -139,22 +146,21 @@ def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list
     return [(start * _SPACING**place, found[place]) for place in sorted(found)]
 
 
-def _best_rate(trials: list[tuple[float, float]], head: float) -> float | None:
-    "Return the learning rate that trials speak for, given the loss at the start; None where no loss was a number."
+def _best_rate(trials: list[tuple[float, float]], level: float) -> float | None:
+    "Return the learning rate that trials speak for, given the loss of who has learnt nothing; None where none was a number."
     lrs, losses = np.array(trials).T
     if not np.isfinite(losses.min()):
         return None
-    weights = np.exp(-(losses - losses.min()) / max(_SOFT * (head - losses.min()), 1e-12))
+    weights = np.exp(-(losses - losses.min()) / max(_SOFT * (level - losses.min()), 1e-12))
     return float(np.exp((weights * np.log(lrs)).sum() / weights.sum()))
 
-# %% ../nbs/04_lr_finder.ipynb #74473503
+# %% ../nbs/04_lr_finder.ipynb #ce956558
 class _Measure:
     "Compute the loss of a batch, and note what guessing would cost and how many answers were right."
 
     def __init__(self, recipe: Recipe, engine: Engine, criterion: Callable | None, step: Callable | None, count_correct: bool):
         self.recipe, self.engine, self.criterion, self.step, self.count_correct = recipe, engine, criterion, step, count_correct
-        self.labels: list[Tensor] = []  # that were trained on
-        self.classes = 0
+        self.counts: Tensor | None = None  # of each label that was trained on
         self.correct: Tensor | None = None  # share of right answers in the last batch
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -166,16 +172,18 @@ class _Measure:
             named, several = isinstance(inputs, dict), isinstance(inputs, tuple)
             logits = model(**inputs) if named else model(*inputs) if several else model(inputs)
         classes = isinstance(logits, Tensor) and logits.ndim == labels.ndim + 1 and not labels.is_floating_point()
-        if classes and self.count_correct:
+        if self.count_correct:
+            if not classes:
+                raise InputError("metric accuracy needs class scores and whole-number labels: read the loss")
             self.correct = (logits.argmax(1) == labels).float().mean()
         if self.criterion is not None:
             return self.criterion(logits, labels)
         if not classes:
             raise InputError("the model's output is not one of class scores: pass criterion=")
-        if not self.labels and labels.max() >= logits.shape[1]:
+        if self.counts is None and labels.max() >= logits.shape[1]:
             raise InputError(f"there is a label {int(labels.max())}, but the model gives {logits.shape[1]} class scores")
-        self.classes = logits.shape[1]
-        self.labels.append(labels)
+        counts = torch.bincount(labels[labels >= 0], minlength=logits.shape[1])
+        self.counts = counts if self.counts is None else self.counts + counts
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
         if self.recipe.l1_factor:
             loss = loss + self.recipe.l1_factor * sum(p.abs().mean() for p in model.parameters() if p.requires_grad)
@@ -183,11 +191,9 @@ class _Measure:
 
     def guessing(self) -> float | None:
         "Return the loss of the best constant answer to the labels seen so far; None where the loss is the user's own."
-        if not self.labels:
+        if self.counts is None:
             return None
-        labels = torch.cat([batch.flatten() for batch in self.labels])
-        share = torch.bincount(labels[labels >= 0], minlength=self.classes).double()
-        share = share / share.sum()
+        share = self.counts.double() / self.counts.sum()
         share = share * (1 - self.recipe.label_smoothing) + self.recipe.label_smoothing / len(share)
         return float(-(share * share.clamp(min=1e-12).log()).sum())
 
@@ -228,6 +234,8 @@ def find_lr(
         raise InputError(f"beta must lie in 0..1 and diverge above 1, not {beta} and {diverge}")
     if metric == "accuracy" and step is not None:
         raise InputError("metric accuracy needs labels, which a step of your own keeps to itself: read the loss")
+    if metric == "accuracy" and valid is not None:
+        raise InputError("metric accuracy reads the batches that are trained on, valid their own loss: choose one")
     if metric not in ("loss", "accuracy") or schedule not in ("exponential", "linear"):
         raise InputError(f"metric must be loss or accuracy and schedule exponential or linear, not {metric!r} and {schedule!r}")
     model, recipe = unwrap(model), choose_recipe(model, recipe, changes)
@@ -241,19 +249,24 @@ def find_lr(
         scaler = scaler or torch.amp.GradScaler(engine.device, enabled=engine.precision == "float16")
         loader = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device) \
             if isinstance(data, ImageData) else data
-        epoch = len(loader) // accumulate if hasattr(loader, "__len__") else 500
+        try:
+            epoch = len(loader) // accumulate
+        except TypeError:  # an iterator, or a DataLoader over one
+            epoch = 500
         num_steps = num_steps or min(100, max(20, epoch // 5))
         each = min(112, max(10, (epoch - num_steps) // max(trials, 1)))  # batches for a trial
         lrs = np.geomspace(start_lr, end_lr, num_steps) if schedule == "exponential" else np.linspace(start_lr, end_lr, num_steps)
         measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
-        with TrainingState(model, loader, optimizer=optimizer, scaler=scaler).preserved(), keep_memory():
+        ours = {id(p) for p in model.parameters()}  # an optimizer may train more: the loss's own parameters
+        outside = nn.ParameterList(p for group in optimizer.param_groups for p in group["params"] if id(p) not in ours)
+        with TrainingState(model, loader, optimizer=optimizer, scaler=scaler, outside=outside).preserved(), keep_memory():
             try:
-                test = _Test(model, optimizer, loader, measure, scaler, accumulate)
+                test = _Test(model, optimizer, outside, loader, measure, scaler, accumulate)
                 curves = [test.run(lrs, valid, metric, diverge, beta, fresh=repeat > 0) for repeat in range(repeats)]
                 plain = metric == "loss" and valid is None  # what trials measure
                 result, differ = _join_curves(lrs, curves, beta, measure.guessing() if plain else None)
-                if trials and plain and result.points:
-                    result = test.refine(result, trials, each)
+                if trials and plain and len(result.smoothed) >= 10:
+                    result = test.refine(result, trials, each, epoch)
             finally:
                 model.to(before)  # before the optimizer's state is restored, which goes where the parameters are
     finally:
@@ -264,10 +277,10 @@ def find_lr(
 class _Test:
     "Run sweeps and trials from the same start."
 
-    def __init__(self, model, optimizer, loader, measure: _Measure, scaler, accumulate: int):
+    def __init__(self, model, optimizer, outside, loader, measure: _Measure, scaler, accumulate: int):
         self.model, self.loader, self.measure = model.train(), loader, measure
         own = loader if isinstance(loader, Batches) else None  # any other loader goes on to other batches
-        self.state = TrainingState(model, own, random=False, optimizer=optimizer, scaler=scaler)  # each sweep draws its own
+        self.state = TrainingState(model, own, random=False, optimizer=optimizer, scaler=scaler, outside=outside)  # each sweep draws its own
         self.start = self.state.capture()
         self.stepper = Stepper(model, optimizer, endless(loader), measure, scaler, accumulate)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -308,20 +321,20 @@ class _Test:
         "Return the mean loss over validation batches, in evaluation mode."
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
-        seen = len(self.measure.labels)
+        counts = self.measure.counts
         try:
             with torch.no_grad():
                 losses = [self.measure(self.model, batch).item() for batch in valid]
         finally:
-            del self.measure.labels[seen:]
+            self.measure.counts = counts
             for module, mode in training.items():
                 module.training = mode
         if not losses:
             raise InputError("valid gives no batches: an iterator can be used only once, pass a loader")
         return float(np.mean(losses))
 
-    def trial(self, peak: float, batches: int) -> float:
-        "Train shortly from the start, up to a peak learning rate and down again; return the loss of the next batches."
+    def trial(self, peak: float, batches: int) -> tuple[float, float]:
+        "Train shortly from the start, up to a peak learning rate and down again; return the next batches' loss, and its error."
         looks = max(4, batches // 8)
         steps = batches - looks
         rise = max(1, round(0.3 * steps))
@@ -329,33 +342,43 @@ class _Test:
         shape += [0.5 * (1 + math.cos(math.pi * (k + 1) / (steps - rise + 1))) for k in range(steps - rise)]
         self.restart()
         if not all(math.isfinite(loss) for loss in self.sweep(peak * part for part in shape)):
-            return math.inf
+            return math.inf, 0.0
         return self.stepper.look(looks)
 
-    def refine(self, result: LRRangeTest, most: int, batches: int) -> LRRangeTest:
+    def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int) -> LRRangeTest:
         "Try learning rates around what the curve says; put what they say in the place of the curve's suggestion."
         head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
         level = head if guessing is None else min(head, guessing)
-        start = result.points["minimum"] / 2 if result.reason is None else result.points["rise"] / 8
+        usual, below = _usual_rate(self.stepper.optimizer), result.points.get("rise", float(result.lrs[len(result.smoothed) - 1]))
+        start = result.points["minimum"] / 2 if result.reason is None else below / 8 if usual is None else min(usual, below / 2)
         for longer in _LONGER:
+            if longer > 1 and batches * longer > epoch:
+                break
             trial = cache(partial(self.trial, batches=batches * longer))
-            if longer > 1 and not trial(start) < level - _ENOUGH * abs(level):
+            if longer > 1 and not trial(start)[0] < level - _ENOUGH * abs(level):
                 continue
-            tried = _try_rates(trial, start, most)
-            start, least = min(tried, key=itemgetter(1))
+            tried = _try_rates(lambda lr, trial=trial: trial(lr)[0], start, most)
+            best, least = min(tried, key=itemgetter(1))
+            learnt = least < level - 2.5 * trial(best)[1]
             if least < level - _ENOUGH * abs(level):
                 break
-        best = _best_rate(tried, head)
-        if best is None:
+            start = best if learnt else start
+        suggestion = _best_rate(tried, level)
+        if suggestion is None:
             return replace(result, trials=tried, doubt=result.doubt or "the loss of every short training was no number")
-        spread = float(np.median(np.abs(np.diff(result.losses[np.isfinite(result.losses)])))) / 0.954  # of a batch's loss
-        learnt = least < level - 2.5 * spread / math.sqrt(max(4, batches // 8))
-        if not learnt and result.suggestion is None:
-            return replace(result, trials=tried)  # neither the curve nor the trials say anything
-        good = [lr for lr, loss in tried if loss <= least + _SOFT * abs(head - least)]
-        doubt = None if learnt else f"no short training got below guessing: {least:.3g} at best" if result.doubt else None
-        return replace(result, suggestion=best, reason=None, trials=tried, doubt=doubt, low=min([*good, best]),
-                       high=max([*good, best]), points={**result.points, "trials": best})
+        doubt = None
+        if not learnt:
+            doubt = f"nothing shows that it learns: the best of the short trainings ended at {least:.3g}, and " \
+                    f"{'it began at' if guessing is None else 'guessing reaches'} {level:.3g}"
+            if result.doubt or result.reason:  # nor does the curve say anything
+                if usual is None:
+                    return replace(result, trials=tried, doubt=doubt)
+                suggestion = min(usual, below / 2, max(lr for lr, loss in tried if math.isfinite(loss)))
+        elif batches > epoch:
+            doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once: more batches would tell more"
+        good = [suggestion, *(lr for lr, loss in tried if learnt and loss <= least + _SOFT * abs(level - least))]
+        return replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=min(good), high=max(good),
+                       points={**result.points, "trials": suggestion})
 
 
 def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: float,
@@ -376,7 +399,7 @@ def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: fl
         result = replace(result, validation=losses.mean(0))
     return result, differ
 
-# %% ../nbs/04_lr_finder.ipynb #183dad30
+# %% ../nbs/04_lr_finder.ipynb #5eb2e2aa
 def fit_with_suggestion(
     model: nn.Module,
     data: ImageData,

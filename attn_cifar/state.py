@@ -112,12 +112,14 @@ class TrainingState:
     def preserved(self) -> Iterator[None]:
         "Undo whatever happens inside, gradients included, also after an exception."
         snapshot = self.capture()
-        gradients = [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+        modules = [self.model, *(part for part in self.parts.values() if isinstance(part, nn.Module))]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
         try:
             yield
         finally:
             self.restore(snapshot)
-            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
 
     def save(
