@@ -11,7 +11,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -112,8 +111,9 @@ NETWORKS = {
     # looked at while the default was designed
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
     "conv, batch norm": lambda: nn.Sequential(*_conv(3, 16, stride=2), *_conv(16, 32, stride=2), *_conv(32, 64), *_head(64)),
-    "conv, no norm": lambda: nn.Sequential(*_conv(3, 16, False, 2), *_conv(16, 32, False, 2), *_conv(32, 32, False), nn.MaxPool2d(2),
-                                           nn.Flatten(), nn.Linear(512, 10)),
+    "conv, no norm": lambda: nn.Sequential(
+        *_conv(3, 16, False, 2), *_conv(16, 32, False, 2), *_conv(32, 32, False), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(512, 10)),
     "vision transformer": lambda: nn.Sequential(
         _Tokens(48), *(_Residual(nn.LayerNorm(48), part) for _ in range(2) for part in (_Attention(48), _mlp(48, 96))),
         nn.LayerNorm(48), _Mean(), nn.Linear(48, 10)),
@@ -122,13 +122,15 @@ NETWORKS = {
                        for part in (_Transposed(_mlp(16, 32)), _mlp(48, 96))), nn.LayerNorm(48), _Mean(), nn.Linear(48, 10)),
     "residual, batch norm": lambda: nn.Sequential(
         *_conv(3, 16, stride=2), *_conv(16, 32, stride=2),
-        *(_Residual(*_conv(32, 32), nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)) for _ in range(2)), *_head(32)),
+        *(_Residual(*_conv(32, 32), nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)) for _ in range(2)),
+        *_head(32)),
     # held out
     "convolution and attention": lambda: nn.Sequential(
         *_conv(3, 16, stride=2), *_conv(16, 32, stride=2), _AsTokens(), _Residual(nn.LayerNorm(32), _Attention(32)),
         _Residual(nn.LayerNorm(32), _mlp(32, 64)), nn.LayerNorm(32), _Mean(), nn.Linear(32, 10)),
     "conv, group norm": lambda: nn.Sequential(
-        *(part for a, b in ((3, 16), (16, 32), (32, 64)) for part in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU())),
+        *(part for a, b in ((3, 16), (16, 32), (32, 64))
+          for part in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU())),
         *_head(64)),
     "residual mlp, layer norm": lambda: nn.Sequential(
         nn.AvgPool2d(2), nn.Flatten(), nn.Linear(768, 128), *(_Residual(nn.LayerNorm(128), _mlp(128, 128)) for _ in range(3)),
@@ -253,8 +255,8 @@ def _ask_lightning(model: nn.Module, batches: Batches, recipe: Recipe, folder: P
         def configure_optimizers(self):
             return make_optimizer(self.model, replace(recipe, max_lr=self.lr))
 
-    trainer = lightning.Trainer(accelerator="cpu", max_epochs=10, default_root_dir=folder, logger=False, enable_checkpointing=False,
-                                enable_progress_bar=False, enable_model_summary=False)
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=10, default_root_dir=folder, logger=False,
+                                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     found = Tuner(trainer).lr_find(Module(), torch.utils.data.DataLoader(_Loader(batches), batch_size=None))
     return {"Lightning": found.suggestion()}
 
@@ -316,7 +318,8 @@ def measure_sweep(
     engine = choose_engine(setting.make(0), 0, data.train_images.shape[1], "cpu", None, compile=False)
 
     def swept(model: nn.Module, batches: Batches) -> None:
-        found = find_lr(model, batches, recipe=recipe, device="cpu", start_lr=1e-6, end_lr=1e-3, num_steps=steps, trials=0, diverge=1e9)
+        found = find_lr(model, batches, recipe=recipe, device="cpu", start_lr=1e-6, end_lr=1e-3, num_steps=steps, trials=0,
+                        diverge=1e9)
         assert len(found.lrs) == steps
 
     def plain(model: nn.Module, batches: Batches) -> None:
@@ -351,7 +354,8 @@ def lr_finders(data: str = "cifar10", results: str = "nbs/studies/results/lr_fin
     "Train every setting at every learning rate of its grid, ask every finder, and store both."
     path = Path(results)
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
-        "study": "lr_finders", "command": "attn-cifar study lr_finders", "machine": describe_machine(), "cost": [], "grid": [], "asked": []}
+        "study": "lr_finders", "command": "attn-cifar study lr_finders", "machine": describe_machine(),
+        "cost": [], "grid": [], "asked": []}
     trained = {_key(row) for row in stored["grid"]}
     asked = {(*_key(row), row["finder"]) for row in stored["asked"]}
     images = {name: setting_data(name, data, train, valid) for name in {setting.data for setting in settings}}
@@ -364,8 +368,8 @@ def lr_finders(data: str = "cifar10", results: str = "nbs/studies/results/lr_fin
 
     for setting in [setting for setting in settings if setting.optimizer == "adamw" and setting.data == "cifar10"]:
         if setting.network not in {row["network"] for row in stored["cost"]}:
-            stored["cost"].append({"network": setting.network, "batch_size": setting.batch_size, "threads": torch.get_num_threads(),
-                                   "ratios": measure_sweep(setting, images["cifar10"])})
+            stored["cost"].append({"network": setting.network, "batch_size": setting.batch_size,
+                                   "threads": torch.get_num_threads(), "ratios": measure_sweep(setting, images["cifar10"])})
             store()
     for setting in settings:
         for seed in seeds:

@@ -144,7 +144,8 @@ def read_curve(
     rise = {"rise": float(lrs[level[-1]])} if len(level) and first <= level[-1] < end - 1 else {}
     if lowest < first + 2:
         reason = f"the loss never fell, and rose from {rise['rise']:.2g} on" if rise else \
-            "the loss never fell" if len(level) and level[-1] == end - 1 else "the loss only rose: start from a smaller learning rate"
+            "the loss never fell" if len(level) and level[-1] == end - 1 else \
+            "the loss only rose: start from a smaller learning rate"
         return replace(result, points=rise, reason=reason)
     minimum = float(lrs[lowest])
     if fall < 6 * noise + 1e-3 * abs(head):

@@ -280,7 +280,8 @@ class _Test:
     def __init__(self, model, optimizer, outside, loader, measure: _Measure, scaler, accumulate: int):
         self.model, self.loader, self.measure = model.train(), loader, measure
         own = loader if isinstance(loader, Batches) else None  # any other loader goes on to other batches
-        self.state = TrainingState(model, own, random=False, optimizer=optimizer, scaler=scaler, outside=outside)  # each sweep draws its own
+        self.state = TrainingState(model, own, random=False,  # each sweep draws its own
+                                   optimizer=optimizer, scaler=scaler, outside=outside)
         self.start = self.state.capture()
         self.stepper = Stepper(model, optimizer, endless(loader), measure, scaler, accumulate)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -375,7 +376,7 @@ class _Test:
                     return replace(result, trials=tried, doubt=doubt)
                 suggestion = min(usual, below / 2, max(lr for lr, loss in tried if math.isfinite(loss)))
         elif batches > epoch:
-            doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once: more batches would tell more"
+            doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
         good = [suggestion, *(lr for lr, loss in tried if learnt and loss <= least + _SOFT * abs(level - least))]
         return replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=min(good), high=max(good),
                        points={**result.points, "trials": suggestion})
