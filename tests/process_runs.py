@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from attn_cifar.training import fit
 
 
 def command(send: str, marker: str, *words: str) -> None:
-    """Run a command line. `send` as SIGTERM@01: those processes signal themselves after their 40th step, once for each marker."""
+    """Run a command line. `send` as SIGTERM@01: those signal themselves after 40 steps of training, once for each marker."""
     name, _, ranks = send.partition("@")
     once, steps = Path(f"{marker}.{os.environ['RANK']}"), 0
 
@@ -31,9 +32,14 @@ def command(send: str, marker: str, *words: str) -> None:
             once.touch()
             os.kill(os.getpid(), getattr(signal, name))
 
-    if os.environ["RANK"] in ranks:
-        register_optimizer_step_post_hook(count)
-    sys.exit(main(words))
+    def counted(*args, **options):
+        """Train; steps of the range test before, which the first process alone makes, do not count."""
+        if os.environ["RANK"] in ranks:
+            register_optimizer_step_post_hook(count)
+        return fit(*args, **options)
+
+    with mock.patch("attn_cifar.lr_finder.fit", counted):
+        sys.exit(main(words))
 
 
 def losses(path: str) -> None:
