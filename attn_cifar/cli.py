@@ -48,11 +48,11 @@ def _options(*names: str) -> argparse.ArgumentParser:
         "--data": {"metavar": "SOURCE", "help": "cifar10, shapes (built in, no download), or a folder of images: "
                                                 "train/<class>/* and test/<class>/*, or <class>/*"},
         "--model": {"metavar": "NAME", "default": "spatial_attn", "help": "see attn-cifar models (default: %(default)s)"},
-        "--recipe": {"metavar": "NAME", "help": "hyperparameters by name: upstream or plain (default: the model's own)"},
+        "--recipe": {"metavar": "NAME", "help": "hyperparameters by name: upstream, plain or tiny (default: the model's own)"},
         "--epochs": {"metavar": "N", "type": int, "help": "passes over the training images (default: the recipe's)"},
         "--batch-size": {"metavar": "N", "type": int, "help": "images a step (default: the recipe's)"},
-        "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "help": "peak learning rate; auto: by an LR range test "
-                                                                         "(default: auto)"},
+        "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "default": ..., "help":
+                     "peak learning rate; auto: by an LR range test (default: that of --recipe, auto without one)"},
         "--seed": {"metavar": "N", "type": _seed, "default": 0, "help": "of weights, order and augmentation (default: 0)"},
         "--out": {"metavar": "PATH", "help": "where results go"},
         "--resume": {"action": "store_true", "help": "go on with the run in --out from its last checkpoint"},
@@ -96,14 +96,17 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     changes = {name: value for name in ("epochs", "batch_size") if (value := getattr(arguments, name)) is not None}
     torch.manual_seed(arguments.seed)
     recipe = choose_recipe(create_model(arguments.model), arguments.recipe, changes)  # a mistake shows before images load
-    if arguments.max_lr is not None:
-        recipe = choose_recipe(None, recipe, {"max_lr": arguments.max_lr})
+    max_lr = arguments.max_lr
+    if max_lr is ...:
+        max_lr = recipe.max_lr if arguments.recipe else None
+    if max_lr is not None:
+        recipe = choose_recipe(None, recipe, {"max_lr": max_lr})
     loaded: list[Any] = []
     processes.from_first(lambda: loaded.append(_load(arguments, "cifar10")))  # it decodes them, the others find them decoded
     data = loaded[0] if loaded else _load(arguments, "cifar10")
     torch.manual_seed(arguments.seed)
     model = create_model(arguments.model, len(data.class_names))
-    train = fit_with_suggestion if arguments.max_lr is None else fit
+    train = fit_with_suggestion if max_lr is None else fit
     notes = {"command": shlex.join(["attn-cifar", *arguments.words]), "source": os.path.abspath(source)
              if Path(source).is_dir() else source, "skip_bad": arguments.skip_bad}
     run = train(model, data, recipe=recipe, out=out, resume=arguments.resume, seed=arguments.seed, device=arguments.device,
@@ -179,13 +182,14 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _predict(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    "Classify image files with a run's model."
+    "Classify image files with a run's model, or with one that comes with the package."
     import torch
 
     from attn_cifar.data import normalize, read_image
+    from attn_cifar.models import find_pretrained
     from attn_cifar.training import load_run
 
-    run = load_run(arguments.run)
+    run = load_run(find_pretrained(arguments.model) or arguments.model)
     preprocessing = run.config["data"]
     results = []
     for name in arguments.images:
@@ -237,14 +241,15 @@ _COMMANDS = {
                        "--deterministic", "--device", *_DATA, "--json"), ()),
     "find-lr": (_find_lr, ("--model", "--recipe", "--batch-size", "--seed", "--out", "--device", *_DATA, "--json"), ()),
     "evaluate": (_evaluate, ("--data", "--skip-bad", "--json"), ("run",)),
-    "predict": (_predict, ("--json",), ("run", "images")),
+    "predict": (_predict, ("--json",), ("model", "images")),
     "report": (_report, ("--data", "--skip-bad", "--json"), ("run",)),
     "models": (_models, ("--json",), ()),
     "study": (_study, ("--data", "--out"), ("name",)),
 }
 _WORDS = {"run": {"metavar": "RUN", "help": "a run folder, as written by train"},
+          "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
           "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-          "name": {"metavar": "NAME", "help": "demo, reproduction, speed or lr_finders"}}
+          "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed or lr_finders"}}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GLUE', 'PART_COLORS', 'BOX', 'THIN', 'ARROW', 'NetworkPart', 'trace_network', 'drawing_height', 'draw_network']
 
-# %% ../nbs/06_diagram.ipynb #e19d6318
+# %% ../nbs/06_diagram.ipynb #81020ba4
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ from torch import nn
 
 from .data import InputError
 from .explain import undisturbed
-from .models import Ultimus
+from .models import SimilarityAttention, Ultimus
 from .state import unwrap
 
-# %% ../nbs/06_diagram.ipynb #aa719e81
+# %% ../nbs/06_diagram.ipynb #70e454c5
 @dataclass(frozen=True)
 class NetworkPart:
     "Hold one call of one part of a network, as a forward pass shows it."
@@ -119,7 +119,7 @@ def _between(calls: list, following: torch.Tensor) -> tuple[str, int | None]:
                 return glue, skip_from
     return "?", None
 
-# %% ../nbs/06_diagram.ipynb #bd527550
+# %% ../nbs/06_diagram.ipynb #ce0708ec
 PART_COLORS = {  # edge and face; Okabe and Ito's hues
     "attention": ("#D55E00", "#FDE8DC"), "convolution": ("#0072B2", "#DDECF7"), "linear": ("#009E73", "#DAF1EA"),
     "no parameters": ("#6B7280", "#F3F4F6"), "other": ("#B07D00", "#FBF1D5"),
@@ -169,7 +169,7 @@ def _height(part: NetworkPart) -> float:
 def _kind(part: NetworkPart) -> str:
     "Sort a part by what it computes with."
     modules = list(part.module.modules())
-    kinds = {"attention": (Ultimus, nn.MultiheadAttention), "convolution": nn.Conv2d, "linear": nn.Linear}
+    kinds = {"attention": (Ultimus, SimilarityAttention, nn.MultiheadAttention), "convolution": nn.Conv2d, "linear": nn.Linear}
     for kind, types in kinds.items():
         if any(isinstance(module, types) for module in modules):
             return kind
@@ -215,7 +215,8 @@ def _detail(part: NetworkPart) -> str:
         inner, tied = module.key.out_features, module.key is module.query
         who = f"{inner} channels" if len(part.input_shape) == 1 else f"{part.input_shape[0]} positions"
         first = f"{'one projection' if tied else 'K, Q, V'} {module.key.in_features} → {inner}"
-        return f"Ultimus: {first}, {who} attend, {inner} → {module.out.out_features}"
+        heads = f", {module.heads} heads" if module.heads > 1 else ""
+        return f"Ultimus: {first}, {who} attend{heads}, {inner} → {module.out.out_features}"
     inside = [_describe(child) for child in module.children()]
     if not inside:
         return _describe(module)

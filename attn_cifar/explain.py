@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LAYERS', 'METHODS', 'undisturbed', 'Explanation', 'convolution_layers', 'grad_cam', 'attention_maps', 'explain']
 
-# %% ../nbs/05_explain.ipynb #ff44c082
+# %% ../nbs/05_explain.ipynb #a5343b97
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import InputError
-from .models import Ultimus, record_attention
+from .models import record_attention
 from .state import unwrap
 
-# %% ../nbs/05_explain.ipynb #14e67353
+# %% ../nbs/05_explain.ipynb #916ea8a2
 @contextlib.contextmanager
 def undisturbed(
     model: nn.Module,  # in any mixture of modes, frozen or not
@@ -41,7 +41,7 @@ def undisturbed(
             for module, training in modes:
                 module.training = training
 
-# %% ../nbs/05_explain.ipynb #d37c93a8
+# %% ../nbs/05_explain.ipynb #ad916632
 @dataclass(frozen=True, eq=False)
 class Explanation:
     "Hold what one method says about one layer: a map for each image, at the resolution of the layer."
@@ -69,7 +69,7 @@ class Explanation:
         stretched = (large - low) / (high - low)
         return torch.where(self.empty[:, None, None], torch.zeros_like(large), stretched)
 
-# %% ../nbs/05_explain.ipynb #14cac497
+# %% ../nbs/05_explain.ipynb #ef97e345
 def _prepare(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     "Return a copy of `images` on the model's device and in its precision, which carries gradients."
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or not images.is_floating_point():
@@ -91,7 +91,7 @@ def _choose(logits: torch.Tensor, targets: int | Sequence[int] | torch.Tensor | 
         raise InputError(f"targets must lie in 0..{logits.shape[1] - 1}, the classes of the model; got {targets}")
     return chosen.expand(len(logits)).clone()
 
-# %% ../nbs/05_explain.ipynb #a49a8533
+# %% ../nbs/05_explain.ipynb #440b2816
 @contextlib.contextmanager
 def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, object]]:
     "Collect the outputs of the modules named `names` by name, in the order in which they run (the last call of each)."
@@ -118,7 +118,7 @@ def _is_map(output: object) -> bool:
     "Tell whether a layer's output has places: a tensor (B, C, h, w) with more than one of them."
     return isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1
 
-# %% ../nbs/05_explain.ipynb #e63bfbaa
+# %% ../nbs/05_explain.ipynb #645d8287
 def convolution_layers(
     model: nn.Module,  # any network
 ) -> list[str]:
@@ -132,7 +132,7 @@ def convolution_layers(
         names += [f"{name}.{inner}" for inner in inside] if opened else [name]
     return names
 
-# %% ../nbs/05_explain.ipynb #343323b2
+# %% ../nbs/05_explain.ipynb #7d87bbaa
 MAX_LAYERS = 4  # explained by default: the last four
 
 
@@ -192,16 +192,16 @@ def _check_outputs(outputs: dict[str, object], names: Sequence[str]) -> None:
             shape = tuple(getattr(outputs[name], "shape", ())) or type(outputs[name]).__name__
             raise InputError(f"layer {name!r} gives no map (B, C, h, w) but {shape}: Grad-CAM needs a convolution")
 
-# %% ../nbs/05_explain.ipynb #ebd2db20
+# %% ../nbs/05_explain.ipynb #147c76f6
 def attention_maps(
-    model: nn.Module,  # holds `Ultimus` blocks which attend over positions
+    model: nn.Module,  # holds blocks which attend over positions
     images: torch.Tensor,  # float (B, 3, H, W), normalised
     targets: int | Sequence[int] | torch.Tensor | None = None,  # only told in the result: attention has no class
     layers: Sequence[str] | None = None,  # names of attention blocks; None: all of them
 ) -> list[Explanation]:
-    "Show the mean attention that each position receives, one explanation for each attention layer."
+    "Show the attention that each position receives, the mean over heads and over who looks; an explanation a layer."
     model = unwrap(model)
-    blocks = {name: block for name, block in model.named_modules() if isinstance(block, Ultimus)}
+    blocks = {name: block for name, block in model.named_modules() if hasattr(block, "recorded")}
     with undisturbed(model), torch.no_grad():
         images = _prepare(model, images)
         with record_attention(model) as recorded, _input_ranks(blocks) as ranks:
@@ -211,7 +211,7 @@ def attention_maps(
     found = {}
     for name, matrices in recorded.items():
         for call, matrix in enumerate(matrices, start=1):
-            grid = _received(matrix, images) if ranks[name] == 3 else None
+            grid = None if ranks[name] == 2 else _received(matrix, images)
             if grid is not None:
                 found[name if len(matrices) == 1 else f"{name} call {call}"] = grid
     if not found:
@@ -225,7 +225,7 @@ def attention_maps(
 
 @contextlib.contextmanager
 def _input_ranks(blocks: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
-    "Note how many dimensions the input of each block has: 3 where positions attend, 2 where channels do."
+    "Note how many dimensions the input of each block has: 2 where channels attend, more where positions do."
     ranks, handles = {}, []
     try:
         for name, block in blocks.items():
@@ -243,9 +243,9 @@ def _received(attention: torch.Tensor, images: torch.Tensor) -> torch.Tensor | N
     height = round((positions * images.shape[2] / images.shape[3]) ** 0.5)
     if height == 0 or positions % height:
         return None
-    return attention.float().mean(1).unflatten(1, (height, positions // height)).cpu()
+    return attention.float().flatten(1, -2).mean(1).unflatten(1, (height, positions // height)).cpu()
 
-# %% ../nbs/05_explain.ipynb #ca30e18f
+# %% ../nbs/05_explain.ipynb #a929d338
 METHODS: dict[str, Callable[..., list[Explanation]]] = {"grad_cam": grad_cam, "attention": attention_maps}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .data import Batches, ImageData, InputError
 from .lr_curve import LRRangeTest, read_curve, smooth  # noqa: F401, handed on
 from .processes import join_processes
+from .recipes import Muon
 from .state import TrainingState, unwrap
 from .training import (
     Engine, Recipe, Run, autocast, check_output, choose_engine, choose_recipe, fit, keep_memory, make_optimizer, refuse_other_run)
@@ -122,7 +123,8 @@ _LONGER = 1, 2, 4
 def _usual_rate(optimizer: torch.optim.Optimizer) -> float | None:
     "Return the peak that one would try first, where there is one."
     adam = torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam
-    return 0.003 if isinstance(optimizer, adam) else 0.1 if isinstance(optimizer, torch.optim.SGD) else None
+    usual = (Muon, 0.03), (adam, 0.003), (torch.optim.SGD, 0.1)
+    return next((rate for kinds, rate in usual if isinstance(optimizer, kinds)), None)
 
 
 def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list[tuple[float, float]]:

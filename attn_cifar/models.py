@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['MODELS', 'RelativePosition', 'Ultimus', 'record_attention', 'conv_block', 'BasicAttention', 'SpatialAttention',
            'SimilarityAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'ModelEntry', 'list_models',
-           'create_model', 'count_parameters', 'count_macs', 'describe_model']
+           'create_model', 'count_parameters', 'count_macs', 'describe_model', 'find_pretrained', 'load_pretrained']
 
-# %% ../nbs/01_models.ipynb #017c46d5
+# %% ../nbs/01_models.ipynb #0591338d
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import InputError
+from .state import read_tensors
 
-# %% ../nbs/01_models.ipynb #10925145
+# %% ../nbs/01_models.ipynb #0aebda7e
 class RelativePosition(nn.Module):
     "Score how far positions lie apart: a learned number a head for each distance in rows, and one for each in columns."
 
@@ -96,7 +99,7 @@ class Ultimus(nn.Module):
             mixed = mixed.transpose(1, 2).flatten(2)
         return self.out(mixed.squeeze(-1) if x.ndim == 2 else mixed)
 
-# %% ../nbs/01_models.ipynb #de720691
+# %% ../nbs/01_models.ipynb #4ecbd7b6
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     "Let every attention of `model` keep its matrices, (B, T, T) or (B, heads, T, T), by module name, one entry a call."
@@ -111,7 +114,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         for name, block in blocks.items():
             block.recorded = before[name]
 
-# %% ../nbs/01_models.ipynb #3241e12f
+# %% ../nbs/01_models.ipynb #a8de0359
 def conv_block(in_channels: int, out_channels: int, pool: int = 1) -> nn.Sequential:
     "Return upstream's 3×3 convolution → ReLU → batch normalisation, then a max-pool by `pool`."
     layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(out_channels)]
@@ -144,7 +147,7 @@ class BasicAttention(nn.Module):
             features = features + block(F.layer_norm(features, (48,))) if self.residual else block(features)
         return self.fc1(features)
 
-# %% ../nbs/01_models.ipynb #d1513713
+# %% ../nbs/01_models.ipynb #47ed6a5d
 class SpatialAttention(nn.Module):
     "The same convolutions and blocks with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
 
@@ -167,14 +170,14 @@ class SpatialAttention(nn.Module):
             tokens = tokens + block(norm(tokens))
         return self.fc1(tokens.mean(1))
 
-# %% ../nbs/01_models.ipynb #6e3514a4
+# %% ../nbs/01_models.ipynb #50f17569
 class SimilarityAttention(nn.Module):
     "Average positions weighted by likeness and distance, without projections: (B, channels, H, W) to the same. No residual."
 
     def __init__(
         self,
         channels: int,
-        heads: int = 4,  # groups of channels
+        heads: int = 2,  # groups of channels
         reach: int = 7,  # distance up to which the relative position counts
     ):
         super().__init__()
@@ -239,10 +242,11 @@ class HybridAttention(nn.Module):
         channels: int = 48,
         stem: int = 32,  # channels of the first convolution
         depth: int = 3,  # number of blocks at each resolution
-        attention: str | None = "between",  # the resolutions, with projections; "within" each block at 8×8, without; or None
+        attention: str | None = "projected",  # one block of its own; or "similarity", beside the first convolutions at 8×8; or None
         heads: int = 1,
         head_dim: int = 16,  # numbers after projection, of all heads together
         reach: int = 0,  # distance up to which the relative position counts, 0: not at all
+        beside: int = 2,  # number of blocks that have similarity attention
         gate: bool = False,  # a channel gate after the blocks of each resolution
         activation: type[nn.Module] = nn.ReLU,
     ):
@@ -251,25 +255,26 @@ class HybridAttention(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), act, nn.MaxPool2d(2),
                                   nn.Conv2d(stem, channels, 1, bias=False), nn.BatchNorm2d(channels), act)
         gates = [ChannelGate(channels) for _ in range(2 * gate)]
-        within = [SimilarityAttention(channels, heads, reach) if attention == "within" else None for _ in range(depth)]
         self.fine = nn.Sequential(*(DepthwiseBlock(channels, act) for _ in range(depth)), *gates[:1], nn.MaxPool2d(2))
-        if attention == "between":
+        self.norm = self.attention = None
+        if attention == "projected":
             self.norm = nn.LayerNorm(channels, elementwise_affine=False)
             self.attention = Ultimus(channels, head_dim, heads=heads, reach=reach)
             nn.init.zeros_(self.attention.out.weight)
-        self.coarse = nn.Sequential(*(DepthwiseBlock(channels, act, block) for block in within), *gates[1:],
-                                    nn.BatchNorm2d(channels), act)
+        similar = [SimilarityAttention(channels, heads, reach) for _ in range(beside if attention == "similarity" else 0)]
+        blocks = (DepthwiseBlock(channels, act, similar[i] if i < len(similar) else None) for i in range(depth))
+        self.coarse = nn.Sequential(*blocks, *gates[1:], nn.BatchNorm2d(channels), act)
         self.fc1 = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.fine(self.stem(images))
-        if hasattr(self, "attention"):
+        if self.attention is not None:
             tokens = features.flatten(2).transpose(1, 2)  # (B, 64, channels)
             tokens = tokens + self.attention(self.norm(tokens), features.shape[2:])
             features = tokens.transpose(1, 2).unflatten(2, features.shape[2:])
         return self.fc1(self.coarse(features).mean((2, 3)))
 
-# %% ../nbs/01_models.ipynb #eaf6bcb5
+# %% ../nbs/01_models.ipynb #9c5abdeb
 @dataclass(frozen=True)
 class ModelEntry:
     "Say how a registered model is made, and by which recipe it is trained unless another is asked for."
@@ -285,11 +290,10 @@ MODELS: dict[str, ModelEntry] = {
     "spatial_attn": ModelEntry(SpatialAttention, "upstream", "the same blocks over 8×8 positions, with residuals"),
     "hybrid_attn": ModelEntry(HybridAttention, "plain", "depthwise convolutions, and one attention block over 8×8 positions"),
     "attn_tiny": ModelEntry(lambda num_classes=10: HybridAttention(
-        num_classes, channels=56, stem=12, attention="within", heads=4, reach=7, activation=nn.SiLU), "tiny",
-        "depthwise convolutions, each at 8×8 with attention without projections beside it"),
+        num_classes, channels=56, stem=16, attention="similarity", heads=2, reach=7, activation=nn.SiLU), "tiny",
+        "depthwise convolutions, attention without projections beside them"),
     "conv_tiny": ModelEntry(lambda num_classes=10: HybridAttention(
-        num_classes, channels=56, stem=16, attention=None, activation=nn.SiLU), "tiny",
-        "attn_tiny's twin without attention"),
+        num_classes, channels=56, stem=16, attention=None, activation=nn.SiLU), "tiny", "its twin without attention"),
 }
 
 
@@ -341,3 +345,20 @@ def describe_model(name: str) -> dict[str, str | int]:
     model = create_model(name)
     return {"name": name, "parameters": count_parameters(model), "macs": count_macs(model), "recipe": MODELS[name].recipe,
             "summary": MODELS[name].summary}
+
+# %% ../nbs/01_models.ipynb #a1e50ce4
+def find_pretrained(name: str) -> Path | None:
+    "Return the run folder of a shipped model; None where there is none of that name."
+    folder = Path(str(files("attn_cifar"))) / "pretrained" / name
+    return folder if name in MODELS and folder.is_dir() else None
+
+
+def load_pretrained(name: str) -> nn.Module:
+    "Load a shipped model in evaluation mode: normalised images (B, 3, 32, 32) to logits (B, 10). Raises `InputError`."
+    folder = find_pretrained(name)
+    if folder is None:
+        shipped = ", ".join(filter(find_pretrained, MODELS))
+        raise InputError(f"{name!r} does not come with weights: choose one of {shipped}")
+    model = create_model(name)
+    model.load_state_dict(read_tensors(folder / "model.safetensors"))
+    return model.to(memory_format=torch.channels_last).eval()

@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'RECIPES', 'orthogonalize', 'Muon', 'Recipe', 'choose_recipe', 'make_optimizer', 'make_scheduler',
            'current_momentum', 'Engine', 'choose_engine', 'autocast', 'BatchLoss', 'keep_memory']
 
-# %% ../nbs/03_recipes.ipynb #6ea5906d
+# %% ../nbs/03_recipes.ipynb #da85ffe8
 import ctypes
 import logging
 import math
@@ -27,7 +27,7 @@ from .models import MODELS, count_macs
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_recipes.ipynb #06a37d94
+# %% ../nbs/03_recipes.ipynb #db59de8f
 def orthogonalize(
     matrices: Tensor,  # (N, rows, columns)
 ) -> Tensor:
@@ -50,14 +50,14 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.003,  # as one would choose it for AdamW
         betas: tuple[float, float] = (0.95, 0.99),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,  # decoupled: times lr
+        weight_decay: float = 0.0,  # decoupled (times lr), of the matrices alone
         fused: bool | None = None,  # of the AdamW part
     ):
         params = list(params)
         matrices = [p for p in params if p.ndim >= 2]
-        groups = [{"params": matrices, "orthogonal": True}, {"params": [p for p in params if p.ndim < 2], "orthogonal": False}]
-        super().__init__([group for group in groups if group["params"]],
-                         {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
+        groups = [{"params": matrices, "orthogonal": True, "weight_decay": weight_decay},
+                  {"params": [p for p in params if p.ndim < 2], "orthogonal": False, "weight_decay": 0.0}]
+        super().__init__([group for group in groups if group["params"]], {"lr": lr, "betas": betas, "eps": eps, "fused": fused})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
             beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=False)
 
-# %% ../nbs/03_recipes.ipynb #54fc3224
+# %% ../nbs/03_recipes.ipynb #60f4b77e
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -177,7 +177,7 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_recipes.ipynb #772c42b1
+# %% ../nbs/03_recipes.ipynb #202abe7c
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
@@ -226,7 +226,7 @@ def autocast(
     kind = torch.device(device).type
     return torch.autocast(kind, getattr(torch, precision), enabled=precision != "float32")
 
-# %% ../nbs/03_recipes.ipynb #4c24f6e9
+# %% ../nbs/03_recipes.ipynb #b82033c4
 class BatchLoss:
     "Compute the loss of a batch and its number of right answers, compiled where the engine says so."
 
@@ -265,7 +265,7 @@ class BatchLoss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_recipes.ipynb #4fb49f6b
+# %% ../nbs/03_recipes.ipynb #89f31edd
 @contextmanager
 def keep_memory() -> Iterator[None]:
     "Let the process keep the memory it frees, for reuse; afterwards give it back. Does nothing without the GNU C library."

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .data import ImageData, InputError, load_data
 from .finders import lr_finders
+from .ladder import ladder
 from .lr_finder import fit_with_suggestion
 from .models import count_macs, create_model
 from .report import make_report
@@ -112,7 +113,8 @@ def store_results(path: str | os.PathLike, study: str, runs: list[Run], **column
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
-STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reproduction, "speed": speed, "lr_finders": lr_finders}
+STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reproduction, "ladder": ladder, "speed": speed,
+                                          "lr_finders": lr_finders}
 
 
 def run_study(
