@@ -22,7 +22,7 @@ setup(
     license=settings["license"],
     classifiers=["Intended Audience :: Education", "Programming Language :: Python :: 3", "Typing :: Typed"],
     packages=find_packages(include=["attn_cifar", "attn_cifar.*"]),
-    package_data={"attn_cifar": ["py.typed", "**/*.json", "**/*.safetensors"]},
+    package_data={"attn_cifar": ["py.typed", "pretrained/*/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "bench")},

@@ -6,7 +6,7 @@
 __all__ = ['BUDGET', 'SHORT', 'VALID', 'RUNGS', 'FINALISTS', 'TUNED', 'Rung', 'train_rung', 'summarize', 'evaluate_flipped',
            'picture_attention', 'ladder']
 
-# %% ../nbs/09_ladder.ipynb #7882fe44
+# %% ../nbs/09_ladder.ipynb #66e9a7ff
 import base64
 import io
 import json
@@ -30,9 +30,9 @@ from .recipes import RECIPES, Recipe
 from .runs import Evaluation, Run, describe_machine, evaluate, write_text
 from .training import fit
 
-# %% ../nbs/09_ladder.ipynb #4339afc2
+# %% ../nbs/09_ladder.ipynb #7932ae92
 BUDGET = 25_680  # parameters of upstream's network
-SHORT = 4  # epochs of a training on the ladder
+SHORT = 3  # epochs of a training on the ladder
 VALID = 5000  # training images held out to choose by
 
 
@@ -68,7 +68,7 @@ RUNGS = [
     Rung("Muon", "SiLU", "Muon for AdamW: the recipe of attn_tiny", partial(_beside, activation=nn.SiLU), "muon"),
 ]
 
-# %% ../nbs/09_ladder.ipynb #058550a7
+# %% ../nbs/09_ladder.ipynb #2ca5726e
 def train_rung(
     rung: Rung,
     data: ImageData,
@@ -110,15 +110,15 @@ def picture_attention(model: nn.Module, data: ImageData, images: list[int]) -> d
         maps = attention_maps(model, x, torch.as_tensor(data.test_labels[images]).long(), [layer])[0].maps
     return {"layer": layer, "maps": [[[round(value, 5) for value in row] for row in map_] for map_ in maps.tolist()]}
 
-# %% ../nbs/09_ladder.ipynb #dff8bce9
+# %% ../nbs/09_ladder.ipynb #e6c18567
 FINALISTS = "attn_tiny", "conv_tiny"
 TUNED = 0.0175, 0.035, 0.07  # peak learning rates tried for both
 
 
-def ladder(data: str = "cifar10", out: str = "runs/ladder", results: str = "nbs/studies/results/ladder.json",
+def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results: str = "nbs/studies/results/ladder.json",
            seeds: tuple[int, ...] = (0, 1, 2), rungs: list[Rung] = RUNGS, valid: int = VALID, **changes: Any) -> None:
     "Tune, climb the ladder, and train attn_tiny and its twin; `changes` are of the recipes."
-    images, path, folder = load_data(data), Path(results), Path(out)
+    images, path, folder = load_data(data) if isinstance(data, str) else data, Path(results), Path(out)
     held_out = images.split(valid)
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
         "study": "ladder", "command": "attn-cifar study ladder", "data": images.name, "machine": describe_machine(),

@@ -40,7 +40,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 def package_files(folder: Path) -> set[str]:
     """Return the files of the package by their paths from the folder above it."""
-    kinds = {".py", ".typed", ".json", ".safetensors"}
+    kinds = {".py", ".typed", ".json", ".safetensors", ".csv", ".md"}
     return {str(p.relative_to(folder)) for p in (folder / "attn_cifar").rglob("*") if p.suffix in kinds}
 
 
@@ -69,3 +69,6 @@ def test_wheel_runs_where_the_repository_is_not(wheel, tmp_path):
     assert where.startswith(str(tmp_path)), "the repository was tested instead of the wheel"
     done = subprocess.run([sys.executable, "-m", "attn_cifar", "--help"], **run)
     assert done.returncode == 0 and "train" in done.stdout, done.stderr
+    load = "from attn_cifar.models import load_pretrained; print(load_pretrained('attn_tiny').training)"
+    done = subprocess.run([sys.executable, "-c", load], **run)
+    assert done.stdout.strip() == "False", f"the weights are not in the wheel: {done.stderr}"
