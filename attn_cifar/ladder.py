@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'SHORT', 'VALID', 'RUNGS', 'FINALISTS', 'TUNED', 'Rung', 'train_rung', 'summarize', 'evaluate_flipped',
-           'picture_attention', 'ladder']
+           'picture_attention', 'measure_speed', 'ladder']
 
-# %% ../nbs/09_ladder.ipynb #66e9a7ff
+# %% ../nbs/09_ladder.ipynb #a3030248
 import base64
 import io
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,16 +22,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .data import ImageData, load_data, normalize
+from .data import Batches, ImageData, InputError, load_data, normalize
 from .explain import attention_maps
 from .lr_finder import find_lr
 from .models import (
     BasicAttention, HybridAttention, SpatialAttention, count_macs, count_parameters, create_model, record_attention)
-from .recipes import RECIPES, Recipe
+from .recipes import RECIPES, BatchLoss, Recipe, choose_engine, keep_memory, make_optimizer
 from .runs import Evaluation, Run, describe_machine, evaluate, write_text
 from .training import fit
 
-# %% ../nbs/09_ladder.ipynb #7932ae92
+# %% ../nbs/09_ladder.ipynb #d7a7362c
 BUDGET = 25_680  # parameters of upstream's network
 SHORT = 3  # epochs of a training on the ladder
 VALID = 5000  # training images held out to choose by
@@ -42,15 +43,12 @@ class Rung:
     name: str
     on: str | None  # name of the rung that it changes
     change: str  # the one thing
-    make: Callable[[], nn.Module]
-    optimizer: str = "adamw"
-
-    @property
-    def recipe(self) -> Recipe:
-        "The recipe of a short training, but for its learning rate."
-        return replace(RECIPES["plain"], epochs=SHORT, optimizer=self.optimizer)
+    make: Callable[..., nn.Module]  # takes the number of classes
+    recipe: str = "plain"  # in RECIPES; any other than "plain" brings its own learning rate
+    control: bool = False  # no step up, but what one is compared with
 
 
+_wide = partial(HybridAttention, channels=56, stem=16, attention=None)
 _beside = partial(HybridAttention, channels=56, stem=16, attention="similarity", heads=2, reach=7)
 RUNGS = [
     Rung("upstream", None, "8 channels of one averaged vector attend to each other", BasicAttention),
@@ -62,24 +60,24 @@ RUNGS = [
     Rung("distance", "depthwise", "its scores know how far apart two positions lie", partial(HybridAttention, reach=7)),
     Rung("heads", "depthwise", "four heads of 4 numbers for one of 16", partial(HybridAttention, heads=4)),
     Rung("gate", "depthwise", "upstream's 48→8→48 bottleneck as a gate on the channels, twice", partial(HybridAttention, gate=True)),
-    Rung("similarity", "depthwise", "attention without projections, beside two convolutions; what it saves makes the network wider",
-         _beside),
+    Rung("no attention", "depthwise", "attention left out, and 56 channels for the 48 it left room for", _wide, control=True),
+    Rung("similarity", "no attention", "attention without projections beside two of the convolutions", _beside),
     Rung("SiLU", "similarity", "a smooth activation for ReLU", partial(_beside, activation=nn.SiLU)),
-    Rung("Muon", "SiLU", "Muon for AdamW: the recipe of attn_tiny", partial(_beside, activation=nn.SiLU), "muon"),
+    Rung("Muon", "SiLU", "the recipe of attn_tiny: Muon for AdamW, and its learning rate", partial(_beside, activation=nn.SiLU), "tiny"),
 ]
 
-# %% ../nbs/09_ladder.ipynb #2ca5726e
+# %% ../nbs/09_ladder.ipynb #11ef192c
 def train_rung(
     rung: Rung,
     data: ImageData,
     max_lr: float,
     seed: int = 0,
-    **options: Any,  # as in `fit`
+    **changes: Any,  # as in `fit`
 ) -> Run:
     "Train a rung's network from a seed."
     torch.manual_seed(seed)
-    model = rung.make() if len(data.class_names) == 10 else rung.make(len(data.class_names))
-    return fit(model, data, recipe=rung.recipe, max_lr=max_lr, seed=seed, verbose=False, **options)
+    changes = {"epochs": SHORT, "max_lr": max_lr, **changes}
+    return fit(rung.make(len(data.class_names)), data, recipe=rung.recipe, seed=seed, verbose=False, **changes)
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -87,8 +85,8 @@ def summarize(run: Run) -> dict[str, Any]:
     last = run.history[-1]
     return {"seed": run.config["seed"], "max_lr": run.config["recipe"]["max_lr"], "epochs": len(run.history),
             "parameters": run.config["parameters"], "macs": count_macs(run.model, run.config["data"]["image_size"]),
-            "train_loss": last["train_loss"], "accuracy": last["test_accuracy"],
-            "seconds": sum(row["seconds"] for row in run.history)}
+            "train_loss": last["train_loss"], "accuracy": last["test_accuracy"], "engine": run.config["engine"],
+            "threads": run.config["machine"]["threads"]}
 
 
 def evaluate_flipped(model: nn.Module, data: ImageData, precision: str = "float32") -> Evaluation:
@@ -98,47 +96,81 @@ def evaluate_flipped(model: nn.Module, data: ImageData, precision: str = "float3
     return replace(plain, logits=(plain.logits + evaluate(model, mirrored, precision=precision).logits) / 2)
 
 
-def picture_attention(model: nn.Module, data: ImageData, images: list[int]) -> dict[str, list]:
+def picture_attention(model: nn.Module, data: ImageData, images: list[int]) -> dict[str, Any]:
     "Return where the model's last attention looks in some test images: by position, or, of channels, by channel."
-    x = normalize(torch.as_tensor(data.test_images[images]), data.mean, data.std)
+    x = normalize(torch.as_tensor(data.test_images[images]), data.mean, data.std).to(next(model.parameters()).device)
     with torch.no_grad(), record_attention(model.eval()) as recorded:
         model(x)
+    if not recorded:
+        return {"layer": None, "maps": []}
     layer, matrices = list(recorded.items())[-1]
-    if matrices[-1].shape[-1] == 8:
-        maps = matrices[-1]
-    else:
-        maps = attention_maps(model, x, torch.as_tensor(data.test_labels[images]).long(), [layer])[0].maps
+    channels = matrices[-1].shape[1:] == (8, 8)
+    maps = matrices[-1] if channels else attention_maps(model, x, 0, [layer])[0].maps
     return {"layer": layer, "maps": [[[round(value, 5) for value in row] for row in map_] for map_ in maps.tolist()]}
 
-# %% ../nbs/09_ladder.ipynb #e6c18567
+
+def measure_speed(
+    rungs: Sequence[Rung],
+    data: ImageData,
+    rounds: int = 5,
+    steps: int = 30,
+) -> dict[str, list[float]]:  # images a second, one number a round
+    "Train all rungs by turns, some steps each, so that what else the machine does slows none of them alone."
+    found: dict[str, list[float]] = {rung.name: [] for rung in rungs}
+    loops = []
+    for rung in rungs:
+        model, recipe = rung.make(len(data.class_names)).train(), RECIPES[rung.recipe]
+        engine = choose_engine(model, 10**9, data.train_images.shape[1])  # as for a long training
+        model.to(engine.device, memory_format=torch.channels_last)
+        batches = Batches.train(data, recipe.batch_size, recipe.augmentation, 0, engine.device)
+        loops.append((rung.name, BatchLoss(model, recipe, engine), batches, make_optimizer(model, recipe)))
+    with keep_memory():
+        for turn in range(-1, rounds):  # the first one warms up
+            for name, loss_of, batches, optimizer in loops:
+                images = list(zip(range(steps), batches))
+                started = time.perf_counter()
+                for _, (x, y) in images:
+                    loss, _ = loss_of(x, y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                loss.item()
+                if turn >= 0:
+                    found[name].append(sum(len(y) for _, (_, y) in images) / (time.perf_counter() - started))
+    return found
+
+# %% ../nbs/09_ladder.ipynb #c2cbd085
 FINALISTS = "attn_tiny", "conv_tiny"
 TUNED = 0.0175, 0.035, 0.07  # peak learning rates tried for both
 
 
 def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results: str = "nbs/studies/results/ladder.json",
-           seeds: tuple[int, ...] = (0, 1, 2), rungs: list[Rung] = RUNGS, valid: int = VALID, **changes: Any) -> None:
-    "Tune, climb the ladder, and train attn_tiny and its twin; `changes` are of the recipes."
+           seeds: tuple[int, ...] = (0, 1, 2), rungs: Sequence[Rung] = RUNGS, valid: int = VALID,
+           parts: Sequence[str] = ("tuned", "final", "rungs", "speed"), **changes: Any) -> None:
+    "Tune, train attn_tiny and its twin, climb the ladder, measure speed; `changes` are of the recipes. Raises `InputError`."
     images, path, folder = load_data(data) if isinstance(data, str) else data, Path(results), Path(out)
-    held_out = images.split(valid)
+    held_out = images.split(valid, seed=1)
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
         "study": "ladder", "command": "attn-cifar study ladder", "data": images.name, "machine": describe_machine(),
-        "tuned": [], "rungs": [], "final": [], "pictures": {}}
+        "tuned": [], "final": [], "rungs": [], "speed": [], "pictures": {}}
+    if stored["data"] != images.name:
+        raise InputError(f"{path} holds results of {stored['data']}, not of {images.name}: say results=, or move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def missing(part: str, **keys: Any) -> bool:
-        return not any(keys.items() <= row.items() for row in stored[part])
+        return part in parts and not any(keys.items() <= row.items() for row in stored[part])
 
     def store(part: str, row: dict[str, Any]) -> None:
         stored[part].append(row)
         _write(path, stored)
-        print(" ".join(f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()), flush=True)
+        print(" ".join(f"{key} {row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in
+                       ("name", "seed", "max_lr", "train_loss", "accuracy") if key in row), flush=True)
 
     for max_lr in TUNED:
         for name in FINALISTS:
             if missing("tuned", name=name, max_lr=max_lr):
-                rung = Rung(name, None, "", partial(create_model, name), "muon")
-                run = train_rung(rung, held_out, max_lr, **changes)
-                store("tuned", {"name": name, **summarize(run)})
+                rung = Rung(name, None, "", partial(create_model, name), "tiny")
+                store("tuned", {"name": name, **summarize(train_rung(rung, held_out, max_lr, **changes))})
     for seed in seeds:
         for name in FINALISTS:
             if missing("final", name=name, seed=seed):
@@ -146,21 +178,36 @@ def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results:
                 run = fit(create_model(name, len(images.class_names)), images, recipe="tiny", seed=seed, resume=True,
                           out=folder / f"{name}-seed{seed}", **changes)
                 flipped = evaluate_flipped(run.model, images, run.config["engine"]["precision"])
-                store("final", {"name": name, **summarize(run), "flip_averaged": flipped.accuracy})
-    shown = [int(np.flatnonzero(np.asarray(held_out.test_labels) == label)[0]) for label in range(min(4, len(images.class_names)))]
+                right = (run.evaluation.predictions == run.evaluation.labels).numpy()
+                store("final", {"name": name, **summarize(run), "flip_averaged": flipped.accuracy,
+                                "right": base64.b64encode(np.packbits(right).tobytes()).decode()})  # a bit a test image
+    labels = np.asarray(held_out.test_labels)
+    shown = [int(np.flatnonzero(labels == label)[0]) for label in range(min(4, len(images.class_names)))]
     for seed in seeds:
         for rung in rungs:
             if missing("rungs", name=rung.name, seed=seed):
-                max_lr = next((row["max_lr"] for row in stored["rungs"] if row["name"] == rung.name), None)
-                if max_lr is None:
-                    torch.manual_seed(seed)
-                    max_lr = find_lr(rung.make(len(images.class_names)), held_out, recipe=rung.recipe, seed=seed).suggestion
-                run = train_rung(rung, held_out, max_lr, seed, **changes)
+                found = next((row["found"] for row in stored["rungs"] if row["name"] == rung.name), None)
+                if found is None:
+                    found = _find(rung, held_out, seed, changes)
+                run = train_rung(rung, held_out, found["max_lr"], seed, **changes)
                 if rung.name not in stored["pictures"]:
                     stored["pictures"][rung.name] = picture_attention(run.model, held_out, shown)
                     stored["pictures"]["images"] = [_encode(held_out.test_images[i]) for i in shown]
-                store("rungs", {"name": rung.name, **summarize(run)})
+                store("rungs", {"name": rung.name, **summarize(run), "found": found})
+    if any(missing("speed", name=rung.name) for rung in rungs):
+        for name, rounds in measure_speed(rungs, held_out).items():
+            store("speed", {"name": name, "images_per_second": rounds, "threads": torch.get_num_threads()})
     print(f"stored in {path.name}")
+
+
+def _find(rung: Rung, data: ImageData, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+    "Return the learning rate that a rung is trained at, and how sure the range test is of it."
+    recipe = replace(RECIPES[rung.recipe], **changes)
+    if rung.recipe != "plain":
+        return {"max_lr": recipe.max_lr}
+    torch.manual_seed(seed)
+    found = find_lr(rung.make(len(data.class_names)), data, recipe=recipe, seed=seed)
+    return {"max_lr": found.suggestion or recipe.max_lr, "low": found.low, "high": found.high, "doubt": found.doubt or found.reason}
 
 
 def _encode(image: np.ndarray) -> str:

@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'RelativePosition', 'Ultimus', 'record_attention', 'conv_bl
            'SimilarityAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'ModelEntry', 'list_models',
            'create_model', 'count_parameters', 'count_macs', 'describe_model', 'find_pretrained', 'load_pretrained']
 
-# %% ../nbs/01_models.ipynb #0591338d
+# %% ../nbs/01_models.ipynb #eed4a899
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .data import InputError
 from .state import read_tensors
 
-# %% ../nbs/01_models.ipynb #0aebda7e
+# %% ../nbs/01_models.ipynb #eb611924
 class RelativePosition(nn.Module):
     "Score how far positions lie apart: a learned number a head for each distance in rows, and one for each in columns."
 
@@ -61,6 +61,8 @@ class Ultimus(nn.Module):
         reach: int = 0,  # distance up to which the relative position counts, 0: not at all
     ):
         super().__init__()
+        if head_dim % heads:
+            raise InputError(f"head_dim {head_dim} cannot be shared out among {heads} heads")
         self.heads, self.scale = heads, (head_dim // heads) ** -0.5  # 1/sqrt(d) of the formula
         self.key = nn.Linear(embed_dim, head_dim, bias=False)
         self.query = self.key if tied else nn.Linear(embed_dim, head_dim, bias=False)
@@ -89,6 +91,8 @@ class Ultimus(nn.Module):
         query, key, value = self.project(x)
         scores = query @ key.transpose(-2, -1) * self.scale
         if self.position is not None:
+            if grid is None:
+                raise InputError("relative positions count here: say how many rows and columns of positions there are, grid=")
             position = self.position(*grid).to(scores.dtype)
             scores = scores + (position if self.heads > 1 else position[0])
         attention = scores.softmax(-1)
@@ -99,7 +103,7 @@ class Ultimus(nn.Module):
             mixed = mixed.transpose(1, 2).flatten(2)
         return self.out(mixed.squeeze(-1) if x.ndim == 2 else mixed)
 
-# %% ../nbs/01_models.ipynb #4ecbd7b6
+# %% ../nbs/01_models.ipynb #3266f373
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     "Let every attention of `model` keep its matrices, (B, T, T) or (B, heads, T, T), by module name, one entry a call."
@@ -114,7 +118,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         for name, block in blocks.items():
             block.recorded = before[name]
 
-# %% ../nbs/01_models.ipynb #a8de0359
+# %% ../nbs/01_models.ipynb #e0a65572
 def conv_block(in_channels: int, out_channels: int, pool: int = 1) -> nn.Sequential:
     "Return upstream's 3×3 convolution → ReLU → batch normalisation, then a max-pool by `pool`."
     layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(out_channels)]
@@ -147,7 +151,7 @@ class BasicAttention(nn.Module):
             features = features + block(F.layer_norm(features, (48,))) if self.residual else block(features)
         return self.fc1(features)
 
-# %% ../nbs/01_models.ipynb #47ed6a5d
+# %% ../nbs/01_models.ipynb #b5475cfe
 class SpatialAttention(nn.Module):
     "The same convolutions and blocks with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
 
@@ -170,7 +174,7 @@ class SpatialAttention(nn.Module):
             tokens = tokens + block(norm(tokens))
         return self.fc1(tokens.mean(1))
 
-# %% ../nbs/01_models.ipynb #50f17569
+# %% ../nbs/01_models.ipynb #39cb4889
 class SimilarityAttention(nn.Module):
     "Average positions weighted by likeness and distance, without projections: (B, channels, H, W) to the same. No residual."
 
@@ -178,12 +182,14 @@ class SimilarityAttention(nn.Module):
         self,
         channels: int,
         heads: int = 2,  # groups of channels
-        reach: int = 7,  # distance up to which the relative position counts
+        reach: int = 7,  # distance up to which the relative position counts, 0: not at all
     ):
         super().__init__()
+        if channels % heads:
+            raise InputError(f"{channels} channels cannot be shared out among {heads} heads")
         self.heads = heads
         self.sharpness = nn.Parameter(torch.ones(heads, 1, 1))
-        self.position = RelativePosition(heads, reach)
+        self.position = RelativePosition(heads, reach) if reach else None
         self.gain = nn.Parameter(torch.zeros(channels))  # it starts with nothing
         self.recorded: list[Tensor] | None = None  # a list while `record_attention` is open
 
@@ -192,7 +198,9 @@ class SimilarityAttention(nn.Module):
         values = tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, d)
         like = F.layer_norm(tokens, tokens.shape[2:]).unflatten(2, (self.heads, -1)).transpose(1, 2)
         scores = like @ like.transpose(-2, -1) * (self.sharpness * like.shape[-1]**-0.5).to(like.dtype)
-        attention = (scores + self.position(*x.shape[2:]).to(scores.dtype)).softmax(-1)
+        if self.position is not None:
+            scores = scores + self.position(*x.shape[2:]).to(scores.dtype)
+        attention = scores.softmax(-1)
         if self.recorded is not None:
             self.recorded.append(attention)
         mixed = (attention @ values).transpose(1, 2).flatten(2) * self.gain.to(values.dtype)
@@ -251,6 +259,10 @@ class HybridAttention(nn.Module):
         activation: type[nn.Module] = nn.ReLU,
     ):
         super().__init__()
+        if attention not in ("projected", "similarity", None):
+            raise InputError(f"attention must be projected, similarity or None, not {attention!r}")
+        if beside > depth:
+            raise InputError(f"there are {depth} blocks at 8×8, so attention cannot stand beside {beside}")
         act = activation()
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), act, nn.MaxPool2d(2),
                                   nn.Conv2d(stem, channels, 1, bias=False), nn.BatchNorm2d(channels), act)
@@ -274,7 +286,7 @@ class HybridAttention(nn.Module):
             features = tokens.transpose(1, 2).unflatten(2, features.shape[2:])
         return self.fc1(self.coarse(features).mean((2, 3)))
 
-# %% ../nbs/01_models.ipynb #9c5abdeb
+# %% ../nbs/01_models.ipynb #4ab86a8b
 @dataclass(frozen=True)
 class ModelEntry:
     "Say how a registered model is made, and by which recipe it is trained unless another is asked for."
@@ -346,7 +358,7 @@ def describe_model(name: str) -> dict[str, str | int]:
     return {"name": name, "parameters": count_parameters(model), "macs": count_macs(model), "recipe": MODELS[name].recipe,
             "summary": MODELS[name].summary}
 
-# %% ../nbs/01_models.ipynb #a1e50ce4
+# %% ../nbs/01_models.ipynb #84af2bee
 def find_pretrained(name: str) -> Path | None:
     "Return the run folder of a shipped model; None where there is none of that name."
     folder = Path(str(files("attn_cifar"))) / "pretrained" / name
@@ -357,8 +369,8 @@ def load_pretrained(name: str) -> nn.Module:
     "Load a shipped model in evaluation mode: normalised images (B, 3, 32, 32) to logits (B, 10). Raises `InputError`."
     folder = find_pretrained(name)
     if folder is None:
-        shipped = ", ".join(filter(find_pretrained, MODELS))
-        raise InputError(f"{name!r} does not come with weights: choose one of {shipped}")
+        shipped = ", ".join(filter(find_pretrained, MODELS)) or "none"
+        raise InputError(f"{name!r} does not come with weights; there is {shipped}")
     model = create_model(name)
     model.load_state_dict(read_tensors(folder / "model.safetensors"))
     return model.to(memory_format=torch.channels_last).eval()

@@ -6,13 +6,13 @@
 __all__ = ['OPTIMIZERS', 'RECIPES', 'orthogonalize', 'Muon', 'Recipe', 'choose_recipe', 'make_optimizer', 'make_scheduler',
            'current_momentum', 'Engine', 'choose_engine', 'autocast', 'BatchLoss', 'keep_memory']
 
-# %% ../nbs/03_recipes.ipynb #da85ffe8
+# %% ../nbs/03_recipes.ipynb #6566d3d4
 import ctypes
 import logging
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -27,51 +27,59 @@ from .models import MODELS, count_macs
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_recipes.ipynb #db59de8f
+# %% ../nbs/03_recipes.ipynb #e82e63a6
 def orthogonalize(
     matrices: Tensor,  # (N, rows, columns)
 ) -> Tensor:
     "Bring the singular values of each matrix near 1 and keep its directions: Newton and Schulz's iteration, Jordan's quintic."
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    x = x.float() / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    "Muon for tensors of two dimensions and more, AdamW for the rest; `betas[0]` is the momentum of both."
+    "Muon for tensors of two dimensions and more, AdamW for the others; `betas[0]` is the momentum of both."
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
-        lr: float = 0.003,  # as one would choose it for AdamW
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],  # each group is split into its matrices and the others
+        lr: float = 0.03,
         betas: tuple[float, float] = (0.95, 0.99),
-        eps: float = 1e-8,
+        eps: float = 1e-8,  # of the AdamW part
         weight_decay: float = 0.0,  # decoupled (times lr), of the matrices alone
         fused: bool | None = None,  # of the AdamW part
     ):
-        params = list(params)
-        matrices = [p for p in params if p.ndim >= 2]
-        groups = [{"params": matrices, "orthogonal": True, "weight_decay": weight_decay},
-                  {"params": [p for p in params if p.ndim < 2], "orthogonal": False, "weight_decay": 0.0}]
-        super().__init__([group for group in groups if group["params"]], {"lr": lr, "betas": betas, "eps": eps, "fused": fused})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        "Add parameters, as two groups: the matrices, and the others."
+        params, options = param_group["params"], {**self.defaults, **param_group}
+        params = [params] if isinstance(params, Tensor) else list(params)
+        for matrices in (True, False):
+            if chosen := [p for p in params if (p.ndim >= 2) == matrices]:
+                decay = options["weight_decay"] if matrices else 0.0
+                super().add_param_group({**options, "params": chosen, "matrices": matrices, "weight_decay": decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        "Update all parameters that have gradients."
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        "Update all parameters that have gradients; return what `closure` returns, where one computes them first."
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             for weight in weights:
                 if not self.state[weight]:
                     self.state[weight]["exp_avg"] = torch.zeros_like(weight)
-                    if not group["orthogonal"]:
+                    if not group["matrices"]:
                         self.state[weight]["exp_avg_sq"] = torch.zeros_like(weight)
                         self.state[weight]["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             if weights:
-                (self._orthogonal if group["orthogonal"] else self._adamw)(weights, group)
+                (self._orthogonal if group["matrices"] else self._adamw)(weights, group)
+        return loss
 
     def _orthogonal(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
@@ -95,7 +103,7 @@ class Muon(torch.optim.Optimizer):
             beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=False)
 
-# %% ../nbs/03_recipes.ipynb #60f4b77e
+# %% ../nbs/03_recipes.ipynb #17e8343b
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -167,8 +175,11 @@ def make_scheduler(
     total_steps: int,  # optimizer updates in the whole run
 ) -> torch.optim.lr_scheduler.OneCycleLR:
     "Make the recipe's one-cycle schedule (Smith 2018); it cycles the momentum, or Adam's first beta, the other way."
+    total_steps, pct_start = max(total_steps, 2), recipe.pct_start
+    if pct_start * total_steps == 1:  # PyTorch would divide by the steps of the rise less one
+        pct_start *= 1 + 1e-9
     return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.max_lr, total_steps=max(total_steps, 2), pct_start=recipe.pct_start, div_factor=recipe.div_factor,
+        optimizer, recipe.max_lr, total_steps=total_steps, pct_start=pct_start, div_factor=recipe.div_factor,
         final_div_factor=recipe.final_div_factor)
 
 
@@ -177,7 +188,7 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_recipes.ipynb #202abe7c
+# %% ../nbs/03_recipes.ipynb #4b3ac63a
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
@@ -226,7 +237,7 @@ def autocast(
     kind = torch.device(device).type
     return torch.autocast(kind, getattr(torch, precision), enabled=precision != "float32")
 
-# %% ../nbs/03_recipes.ipynb #b82033c4
+# %% ../nbs/03_recipes.ipynb #ac4f2335
 class BatchLoss:
     "Compute the loss of a batch and its number of right answers, compiled where the engine says so."
 
@@ -265,7 +276,7 @@ class BatchLoss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_recipes.ipynb #89f31edd
+# %% ../nbs/03_recipes.ipynb #e5c8b589
 @contextmanager
 def keep_memory() -> Iterator[None]:
     "Let the process keep the memory it frees, for reuse; afterwards give it back. Does nothing without the GNU C library."

@@ -74,5 +74,5 @@ def test_a_run_folder_of_that_name_is_a_path_still(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("name", ["basic_attn", "resnet", "../attn_tiny", ""])
 def test_what_is_not_shipped_is_refused(name):
     assert find_pretrained(name) is None
-    with pytest.raises(InputError, match="does not come with weights: choose one of attn_tiny"):
+    with pytest.raises(InputError, match="does not come with weights; there is attn_tiny"):
         load_pretrained(name)
