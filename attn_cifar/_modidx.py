@@ -170,6 +170,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                    'attn_cifar.ladder._find': ('ladder.html#_find', 'attn_cifar/ladder.py'),
                                    'attn_cifar.ladder._write': ('ladder.html#_write', 'attn_cifar/ladder.py'),
                                    'attn_cifar.ladder.evaluate_flipped': ('ladder.html#evaluate_flipped', 'attn_cifar/ladder.py'),
+                                   'attn_cifar.ladder.evaluate_without': ('ladder.html#evaluate_without', 'attn_cifar/ladder.py'),
                                    'attn_cifar.ladder.ladder': ('ladder.html#ladder', 'attn_cifar/ladder.py'),
                                    'attn_cifar.ladder.measure_speed': ('ladder.html#measure_speed', 'attn_cifar/ladder.py'),
                                    'attn_cifar.ladder.picture_attention': ('ladder.html#picture_attention', 'attn_cifar/ladder.py'),

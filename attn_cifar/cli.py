@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #3872f7de
+# %% ../nbs/08_cli.ipynb #90b20765
 import argparse
 import json
 import logging
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .data import InputError
 
-# %% ../nbs/08_cli.ipynb #9aa31b13
+# %% ../nbs/08_cli.ipynb #8eeb56c4
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
 
@@ -78,7 +78,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None):
         raise InputError("this run does not say where its images came from: give --data")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
-# %% ../nbs/08_cli.ipynb #185652a7
+# %% ../nbs/08_cli.ipynb #b57c28a2
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     "Train a model, write its run folder and its report."
     import torch
@@ -116,7 +116,8 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     if processes.rank:
         arguments.json = False  # the first process says it
     elif not arguments.json:
-        print(f"test accuracy {last['test_accuracy']:.2%} after {last['epoch']:.0f} epochs\nreport: {report}")
+        print(f"test accuracy {last['test_accuracy']:.2%} after {last['epoch']:.0f} epochs, max_lr "
+              f"{run.config['recipe']['max_lr']:.3g}\nreport: {report}")
     return {"run": str(out), "report": str(report), "max_lr": run.config["recipe"]["max_lr"], **last}
 
 
@@ -189,7 +190,10 @@ def _predict(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from attn_cifar.models import find_pretrained
     from attn_cifar.training import load_run
 
-    run = load_run(find_pretrained(arguments.model) or arguments.model)
+    own, shipped = Path(arguments.model, "config.json").exists(), find_pretrained(arguments.model)
+    if not own and not shipped and not Path(arguments.model).exists():
+        raise InputError(f"{arguments.model} is neither a run folder nor a model that comes with weights, such as attn_tiny")
+    run = load_run(arguments.model if own or not shipped else shipped)
     preprocessing = run.config["data"]
     results = []
     for name in arguments.images:
@@ -234,7 +238,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     run_study(arguments.name, data=arguments.data, out=arguments.out)
 
-# %% ../nbs/08_cli.ipynb #3bb0a522
+# %% ../nbs/08_cli.ipynb #11b69e03
 _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GLUE', 'PART_COLORS', 'BOX', 'THIN', 'ARROW', 'NetworkPart', 'trace_network', 'drawing_height', 'draw_network']
 
-# %% ../nbs/06_diagram.ipynb #81020ba4
+# %% ../nbs/06_diagram.ipynb #9b757f48
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .explain import undisturbed
 from .models import SimilarityAttention, Ultimus
 from .state import unwrap
 
-# %% ../nbs/06_diagram.ipynb #70e454c5
+# %% ../nbs/06_diagram.ipynb #512c85bc
 @dataclass(frozen=True)
 class NetworkPart:
     "Hold one call of one part of a network, as a forward pass shows it."
@@ -119,7 +119,7 @@ def _between(calls: list, following: torch.Tensor) -> tuple[str, int | None]:
                 return glue, skip_from
     return "?", None
 
-# %% ../nbs/06_diagram.ipynb #ce0708ec
+# %% ../nbs/06_diagram.ipynb #2457a871
 PART_COLORS = {  # edge and face; Okabe and Ito's hues
     "attention": ("#D55E00", "#FDE8DC"), "convolution": ("#0072B2", "#DDECF7"), "linear": ("#009E73", "#DAF1EA"),
     "no parameters": ("#6B7280", "#F3F4F6"), "other": ("#B07D00", "#FBF1D5"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LAYERS', 'METHODS', 'undisturbed', 'Explanation', 'convolution_layers', 'grad_cam', 'attention_maps', 'explain']
 
-# %% ../nbs/05_explain.ipynb #a5343b97
+# %% ../nbs/05_explain.ipynb #9bf57351
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .data import InputError
 from .models import record_attention
 from .state import unwrap
 
-# %% ../nbs/05_explain.ipynb #916ea8a2
+# %% ../nbs/05_explain.ipynb #fdccde11
 @contextlib.contextmanager
 def undisturbed(
     model: nn.Module,  # in any mixture of modes, frozen or not
@@ -41,7 +41,7 @@ def undisturbed(
             for module, training in modes:
                 module.training = training
 
-# %% ../nbs/05_explain.ipynb #ad916632
+# %% ../nbs/05_explain.ipynb #d893e1d3
 @dataclass(frozen=True, eq=False)
 class Explanation:
     "Hold what one method says about one layer: a map for each image, at the resolution of the layer."
@@ -69,7 +69,7 @@ class Explanation:
         stretched = (large - low) / (high - low)
         return torch.where(self.empty[:, None, None], torch.zeros_like(large), stretched)
 
-# %% ../nbs/05_explain.ipynb #ef97e345
+# %% ../nbs/05_explain.ipynb #da0356c3
 def _prepare(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     "Return a copy of `images` on the model's device and in its precision, which carries gradients."
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or not images.is_floating_point():
@@ -91,7 +91,7 @@ def _choose(logits: torch.Tensor, targets: int | Sequence[int] | torch.Tensor | 
         raise InputError(f"targets must lie in 0..{logits.shape[1] - 1}, the classes of the model; got {targets}")
     return chosen.expand(len(logits)).clone()
 
-# %% ../nbs/05_explain.ipynb #440b2816
+# %% ../nbs/05_explain.ipynb #ca534f7b
 @contextlib.contextmanager
 def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, object]]:
     "Collect the outputs of the modules named `names` by name, in the order in which they run (the last call of each)."
@@ -118,7 +118,7 @@ def _is_map(output: object) -> bool:
     "Tell whether a layer's output has places: a tensor (B, C, h, w) with more than one of them."
     return isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] * output.shape[3] > 1
 
-# %% ../nbs/05_explain.ipynb #645d8287
+# %% ../nbs/05_explain.ipynb #548e1b6e
 def convolution_layers(
     model: nn.Module,  # any network
 ) -> list[str]:
@@ -132,7 +132,7 @@ def convolution_layers(
         names += [f"{name}.{inner}" for inner in inside] if opened else [name]
     return names
 
-# %% ../nbs/05_explain.ipynb #7d87bbaa
+# %% ../nbs/05_explain.ipynb #651dd23f
 MAX_LAYERS = 4  # explained by default: the last four
 
 
@@ -192,7 +192,7 @@ def _check_outputs(outputs: dict[str, object], names: Sequence[str]) -> None:
             shape = tuple(getattr(outputs[name], "shape", ())) or type(outputs[name]).__name__
             raise InputError(f"layer {name!r} gives no map (B, C, h, w) but {shape}: Grad-CAM needs a convolution")
 
-# %% ../nbs/05_explain.ipynb #147c76f6
+# %% ../nbs/05_explain.ipynb #cc1f28d8
 def attention_maps(
     model: nn.Module,  # holds blocks which attend over positions
     images: torch.Tensor,  # float (B, 3, H, W), normalised
@@ -245,7 +245,7 @@ def _received(attention: torch.Tensor, images: torch.Tensor) -> torch.Tensor | N
         return None
     return attention.float().flatten(1, -2).mean(1).unflatten(1, (height, positions // height)).cpu()
 
-# %% ../nbs/05_explain.ipynb #a929d338
+# %% ../nbs/05_explain.ipynb #e97d72c7
 METHODS: dict[str, Callable[..., list[Explanation]]] = {"grad_cam": grad_cam, "attention": attention_maps}
 
 

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'SHORT', 'VALID', 'RUNGS', 'FINALISTS', 'TUNED', 'Rung', 'train_rung', 'summarize', 'evaluate_flipped',
-           'picture_attention', 'measure_speed', 'ladder']
+           'evaluate_without', 'picture_attention', 'measure_speed', 'ladder']
 
-# %% ../nbs/09_ladder.ipynb #a3030248
+# %% ../nbs/09_ladder.ipynb #8a936ac8
 import base64
+import copy
 import io
 import json
 import time
@@ -26,12 +27,12 @@ from .data import Batches, ImageData, InputError, load_data, normalize
 from .explain import attention_maps
 from .lr_finder import find_lr
 from .models import (
-    BasicAttention, HybridAttention, SpatialAttention, count_macs, count_parameters, create_model, record_attention)
-from .recipes import RECIPES, BatchLoss, Recipe, choose_engine, keep_memory, make_optimizer
+    BasicAttention, HybridAttention, SimilarityAttention, SpatialAttention, count_macs, create_model, record_attention)
+from .recipes import RECIPES, BatchLoss, choose_engine, keep_memory, make_optimizer
 from .runs import Evaluation, Run, describe_machine, evaluate, write_text
 from .training import fit
 
-# %% ../nbs/09_ladder.ipynb #d7a7362c
+# %% ../nbs/09_ladder.ipynb #4f71f66f
 BUDGET = 25_680  # parameters of upstream's network
 SHORT = 3  # epochs of a training on the ladder
 VALID = 5000  # training images held out to choose by
@@ -59,14 +60,16 @@ RUNGS = [
          HybridAttention),
     Rung("distance", "depthwise", "its scores know how far apart two positions lie", partial(HybridAttention, reach=7)),
     Rung("heads", "depthwise", "four heads of 4 numbers for one of 16", partial(HybridAttention, heads=4)),
-    Rung("gate", "depthwise", "upstream's 48→8→48 bottleneck as a gate on the channels, twice", partial(HybridAttention, gate=True)),
+    Rung("gate", "depthwise", "upstream's 48→8→48 bottleneck as a gate on the channels, twice",
+         partial(HybridAttention, gate=True)),
     Rung("no attention", "depthwise", "attention left out, and 56 channels for the 48 it left room for", _wide, control=True),
     Rung("similarity", "no attention", "attention without projections beside two of the convolutions", _beside),
     Rung("SiLU", "similarity", "a smooth activation for ReLU", partial(_beside, activation=nn.SiLU)),
-    Rung("Muon", "SiLU", "the recipe of attn_tiny: Muon for AdamW, and its learning rate", partial(_beside, activation=nn.SiLU), "tiny"),
+    Rung("Muon", "SiLU", "the recipe of attn_tiny: Muon for AdamW, and its learning rate",
+         partial(_beside, activation=nn.SiLU), "tiny"),
 ]
 
-# %% ../nbs/09_ladder.ipynb #11ef192c
+# %% ../nbs/09_ladder.ipynb #7e32a5be
 def train_rung(
     rung: Rung,
     data: ImageData,
@@ -94,6 +97,17 @@ def evaluate_flipped(model: nn.Module, data: ImageData, precision: str = "float3
     mirrored = replace(data, test_images=np.ascontiguousarray(data.test_images[:, :, ::-1]))
     plain = evaluate(model, data, precision=precision)
     return replace(plain, logits=(plain.logits + evaluate(model, mirrored, precision=precision).logits) / 2)
+
+
+def evaluate_without(model: nn.Module, data: ImageData, part: str, precision: str = "float32") -> Evaluation:
+    "Evaluate a copy with the parameters of one part of its similarity attention set to zero: sharpness, position or gain."
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for block in (module for module in model.modules() if isinstance(module, SimilarityAttention)):
+            for name, parameter in block.named_parameters():
+                if name.startswith(part):
+                    parameter.zero_()
+    return evaluate(model, data, precision=precision)
 
 
 def picture_attention(model: nn.Module, data: ImageData, images: list[int]) -> dict[str, Any]:
@@ -139,7 +153,7 @@ def measure_speed(
                     found[name].append(sum(len(y) for _, (_, y) in images) / (time.perf_counter() - started))
     return found
 
-# %% ../nbs/09_ladder.ipynb #c2cbd085
+# %% ../nbs/09_ladder.ipynb #86f17d24
 FINALISTS = "attn_tiny", "conv_tiny"
 TUNED = 0.0175, 0.035, 0.07  # peak learning rates tried for both
 
@@ -179,7 +193,9 @@ def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results:
                           out=folder / f"{name}-seed{seed}", **changes)
                 flipped = evaluate_flipped(run.model, images, run.config["engine"]["precision"])
                 right = (run.evaluation.predictions == run.evaluation.labels).numpy()
-                store("final", {"name": name, **summarize(run), "flip_averaged": flipped.accuracy,
+                without = {part: evaluate_without(run.model, images, part, run.config["engine"]["precision"]).accuracy
+                           for part in ("sharpness", "position", "gain")}
+                store("final", {"name": name, **summarize(run), "flip_averaged": flipped.accuracy, "without": without,
                                 "right": base64.b64encode(np.packbits(right).tobytes()).decode()})  # a bit a test image
     labels = np.asarray(held_out.test_labels)
     shown = [int(np.flatnonzero(labels == label)[0]) for label in range(min(4, len(images.class_names)))]
@@ -207,7 +223,8 @@ def _find(rung: Rung, data: ImageData, seed: int, changes: dict[str, Any]) -> di
         return {"max_lr": recipe.max_lr}
     torch.manual_seed(seed)
     found = find_lr(rung.make(len(data.class_names)), data, recipe=recipe, seed=seed)
-    return {"max_lr": found.suggestion or recipe.max_lr, "low": found.low, "high": found.high, "doubt": found.doubt or found.reason}
+    doubt = found.doubt or found.reason
+    return {"max_lr": found.suggestion or recipe.max_lr, "low": found.low, "high": found.high, "doubt": doubt}
 
 
 def _encode(image: np.ndarray) -> str:

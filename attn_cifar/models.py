@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'RelativePosition', 'Ultimus', 'record_attention', 'conv_bl
            'SimilarityAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'ModelEntry', 'list_models',
            'create_model', 'count_parameters', 'count_macs', 'describe_model', 'find_pretrained', 'load_pretrained']
 
-# %% ../nbs/01_models.ipynb #eed4a899
+# %% ../nbs/01_models.ipynb #818cfbd4
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .data import InputError
 from .state import read_tensors
 
-# %% ../nbs/01_models.ipynb #eb611924
+# %% ../nbs/01_models.ipynb #4d50c03e
 class RelativePosition(nn.Module):
     "Score how far positions lie apart: a learned number a head for each distance in rows, and one for each in columns."
 
@@ -103,7 +103,7 @@ class Ultimus(nn.Module):
             mixed = mixed.transpose(1, 2).flatten(2)
         return self.out(mixed.squeeze(-1) if x.ndim == 2 else mixed)
 
-# %% ../nbs/01_models.ipynb #3266f373
+# %% ../nbs/01_models.ipynb #43d0e482
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     "Let every attention of `model` keep its matrices, (B, T, T) or (B, heads, T, T), by module name, one entry a call."
@@ -118,7 +118,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         for name, block in blocks.items():
             block.recorded = before[name]
 
-# %% ../nbs/01_models.ipynb #e0a65572
+# %% ../nbs/01_models.ipynb #eb17f75f
 def conv_block(in_channels: int, out_channels: int, pool: int = 1) -> nn.Sequential:
     "Return upstream's 3×3 convolution → ReLU → batch normalisation, then a max-pool by `pool`."
     layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(out_channels)]
@@ -151,7 +151,7 @@ class BasicAttention(nn.Module):
             features = features + block(F.layer_norm(features, (48,))) if self.residual else block(features)
         return self.fc1(features)
 
-# %% ../nbs/01_models.ipynb #b5475cfe
+# %% ../nbs/01_models.ipynb #27d2c355
 class SpatialAttention(nn.Module):
     "The same convolutions and blocks with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
 
@@ -174,7 +174,7 @@ class SpatialAttention(nn.Module):
             tokens = tokens + block(norm(tokens))
         return self.fc1(tokens.mean(1))
 
-# %% ../nbs/01_models.ipynb #39cb4889
+# %% ../nbs/01_models.ipynb #393d7355
 class SimilarityAttention(nn.Module):
     "Average positions weighted by likeness and distance, without projections: (B, channels, H, W) to the same. No residual."
 
@@ -250,7 +250,7 @@ class HybridAttention(nn.Module):
         channels: int = 48,
         stem: int = 32,  # channels of the first convolution
         depth: int = 3,  # number of blocks at each resolution
-        attention: str | None = "projected",  # one block of its own; or "similarity", beside the first convolutions at 8×8; or None
+        attention: str | None = "projected",  # in a block of its own; "similarity": beside convolutions at 8×8; or None
         heads: int = 1,
         head_dim: int = 16,  # numbers after projection, of all heads together
         reach: int = 0,  # distance up to which the relative position counts, 0: not at all
@@ -286,7 +286,7 @@ class HybridAttention(nn.Module):
             features = tokens.transpose(1, 2).unflatten(2, features.shape[2:])
         return self.fc1(self.coarse(features).mean((2, 3)))
 
-# %% ../nbs/01_models.ipynb #4ab86a8b
+# %% ../nbs/01_models.ipynb #42929dc2
 @dataclass(frozen=True)
 class ModelEntry:
     "Say how a registered model is made, and by which recipe it is trained unless another is asked for."
@@ -358,7 +358,7 @@ def describe_model(name: str) -> dict[str, str | int]:
     return {"name": name, "parameters": count_parameters(model), "macs": count_macs(model), "recipe": MODELS[name].recipe,
             "summary": MODELS[name].summary}
 
-# %% ../nbs/01_models.ipynb #84af2bee
+# %% ../nbs/01_models.ipynb #405652d2
 def find_pretrained(name: str) -> Path | None:
     "Return the run folder of a shipped model; None where there is none of that name."
     folder = Path(str(files("attn_cifar"))) / "pretrained" / name

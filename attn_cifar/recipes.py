@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'RECIPES', 'orthogonalize', 'Muon', 'Recipe', 'choose_recipe', 'make_optimizer', 'make_scheduler',
            'current_momentum', 'Engine', 'choose_engine', 'autocast', 'BatchLoss', 'keep_memory']
 
-# %% ../nbs/03_recipes.ipynb #6566d3d4
+# %% ../nbs/03_recipes.ipynb #ff42935b
 import ctypes
 import logging
 import math
@@ -27,7 +27,7 @@ from .models import MODELS, count_macs
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/03_recipes.ipynb #e82e63a6
+# %% ../nbs/03_recipes.ipynb #12324f9c
 def orthogonalize(
     matrices: Tensor,  # (N, rows, columns)
 ) -> Tensor:
@@ -89,7 +89,8 @@ class Muon(torch.optim.Optimizer):
             momenta, beta = [self.state[weight]["exp_avg"] for weight in same], group["betas"][0]
             for weight, momentum in zip(same, momenta, strict=True):
                 momentum.lerp_(weight.grad, 1 - beta)
-            ahead = [weight.grad.lerp(momentum, beta).flatten(1) for weight, momentum in zip(same, momenta, strict=True)]  # Nesterov
+            pairs = zip(same, momenta, strict=True)
+            ahead = [weight.grad.lerp(momentum, beta).flatten(1) for weight, momentum in pairs]  # Nesterov
             length = 0.2 * math.sqrt(max(shape))  # entries then have the root mean square that AdamW's steps have
             for weight, update in zip(same, orthogonalize(torch.stack(ahead)), strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
@@ -99,11 +100,11 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[weight] for weight in weights]
         adamw(
             weights, [weight.grad for weight in weights], [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=group["fused"], amsgrad=False,
-            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+            [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=group["fused"],
+            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=False)
 
-# %% ../nbs/03_recipes.ipynb #17e8343b
+# %% ../nbs/03_recipes.ipynb #d8e3b957
 @dataclass(frozen=True)
 class Recipe:
     "Hold all hyperparameters of a training. Raises `InputError` for a value out of range."
@@ -188,7 +189,7 @@ def current_momentum(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
 
-# %% ../nbs/03_recipes.ipynb #4b3ac63a
+# %% ../nbs/03_recipes.ipynb #a6d4c2e8
 @dataclass(frozen=True)
 class Engine:
     "Say how the arithmetic is done: decided once a run and stored with it."
@@ -237,7 +238,7 @@ def autocast(
     kind = torch.device(device).type
     return torch.autocast(kind, getattr(torch, precision), enabled=precision != "float32")
 
-# %% ../nbs/03_recipes.ipynb #ac4f2335
+# %% ../nbs/03_recipes.ipynb #9d674648
 class BatchLoss:
     "Compute the loss of a batch and its number of right answers, compiled where the engine says so."
 
@@ -276,7 +277,7 @@ class BatchLoss:
             self.compiled = None
             return self.eager(images, labels)
 
-# %% ../nbs/03_recipes.ipynb #e5c8b589
+# %% ../nbs/03_recipes.ipynb #9facc703
 @contextmanager
 def keep_memory() -> Iterator[None]:
     "Let the process keep the memory it frees, for reuse; afterwards give it back. Does nothing without the GNU C library."

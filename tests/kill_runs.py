@@ -25,7 +25,7 @@ COMPARED = ("model.safetensors", "evaluation.safetensors", "metrics.csv", "steps
 def train(folder: Path) -> None:
     """Train 3 epochs of 20 steps, a checkpoint after each step: a good part of the time goes to writing them."""
     torch.manual_seed(0)
-    fit(create_model("spatial_attn"), DATA, recipe="plain", epochs=3, batch_size=16, device="cpu", compile=False, out=folder,
+    fit(create_model("attn_tiny"), DATA, recipe="tiny", epochs=3, batch_size=16, device="cpu", compile=False, out=folder,
         resume=True, checkpoint_seconds=0, verbose=False)
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from attn_cifar.data import Augmentation, Batches, load_data
+from attn_cifar.ladder import evaluate_flipped, picture_attention
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model
 from attn_cifar.training import RECIPES, BatchLoss, Engine, choose_engine, choose_recipe, fit
@@ -63,6 +64,13 @@ def test_the_default_engine_trains_and_resumes(data, tmp_path):
     whole = train(data, out=tmp_path / "whole")
     again = train(data, out=tmp_path / "whole", resume=True)
     assert again.history == whole.history and whole.history[-1]["train_loss"] < whole.history[0]["train_loss"]
+
+
+def test_muon_and_similarity_attention_run_there(data):
+    run = fit(create_model("attn_tiny"), data, recipe="tiny", batch_size=32, epochs=2, verbose=False)
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"] and run.config["engine"]["device"] == "cuda"
+    assert len(picture_attention(run.model, data, [0, 1])["maps"]) == 2
+    assert evaluate_flipped(run.model, data).logits.shape == (100, 10)
 
 
 def test_float16_scales_its_gradients(data):

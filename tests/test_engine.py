@@ -23,6 +23,9 @@ def loss_and_gradient(name: str, precision: str, compile: bool, dtype: torch.dty
     """Return the loss and all gradients of one batch, from the same start each time, and whether it was compiled."""
     torch.manual_seed(0)
     model = create_model(name).to(memory_format=torch.channels_last).to(dtype)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(("gain", "norm2.weight")):  # they start at 0, and would hide what they scale
+            nn.init.ones_(parameter)
     images = torch.randn(32, 3, 32, 32).to(dtype).contiguous(memory_format=torch.channels_last)
     loss_of = BatchLoss(model, RECIPE, Engine("cpu", precision, compile))
     loss = loss_of(images, torch.arange(32) % 10)[0]
@@ -39,6 +42,17 @@ def test_compiled_gradients_are_those_of_float64(name, precision, loss_off, cosi
     expected, oracle, _ = loss_and_gradient(name, "float32", compile=False, dtype=torch.float64)
     value, gradient, compiled = loss_and_gradient(name, precision, compile=True)
     assert compiled, "it fell back"
+    assert abs(value - expected) < loss_off
+    assert F.cosine_similarity(gradient, oracle, 0) > cosine
+    assert abs(gradient.norm() / oracle.norm() - 1) < length
+
+
+@pytest.mark.parametrize(("precision", "loss_off", "cosine", "length"), [("float32", 1e-5, 0.9999, 1e-3),
+                                                                         ("bfloat16", 0.02, 0.98, 0.05)])
+def test_attn_tiny_computes_as_float64_does(precision, loss_off, cosine, length):
+    """As it is trained: not compiled, the scores of its attention in bfloat16."""
+    expected, oracle, _ = loss_and_gradient("attn_tiny", "float32", compile=False, dtype=torch.float64)
+    value, gradient, _ = loss_and_gradient("attn_tiny", precision, compile=False)
     assert abs(value - expected) < loss_off
     assert F.cosine_similarity(gradient, oracle, 0) > cosine
     assert abs(gradient.norm() / oracle.norm() - 1) < length

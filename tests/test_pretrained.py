@@ -65,10 +65,14 @@ def test_weights_are_loaded_afresh_each_time():
     assert next(other.parameters()).abs().sum() > 0
 
 
-def test_a_run_folder_of_that_name_is_a_path_still(tmp_path, monkeypatch, capsys):
+def test_a_run_folder_of_that_name_comes_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["predict", "./attn_tiny", "image.png"]) == 2
-    assert "attn_tiny holds no run" in capsys.readouterr().err
+    assert main(["predict", "attn_huge", "image.png"]) == 2
+    assert "attn_huge is neither a run folder nor a model that comes with weights" in capsys.readouterr().err
+    (tmp_path / "attn_tiny").mkdir()
+    (tmp_path / "attn_tiny" / "config.json").write_text("{}")
+    assert main(["predict", "attn_tiny", "image.png"]) == 2
+    assert "config.json cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["basic_attn", "resnet", "../attn_tiny", ""])
