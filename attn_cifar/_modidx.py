@@ -166,6 +166,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                     'attn_cifar.finders.setting_data': ('finders.html#setting_data', 'attn_cifar/finders.py'),
                                     'attn_cifar.finders.train_setting': ('finders.html#train_setting', 'attn_cifar/finders.py')},
             'attn_cifar.ladder': { 'attn_cifar.ladder.Rung': ('ladder.html#rung', 'attn_cifar/ladder.py'),
+                                   'attn_cifar.ladder._averaging': ('ladder.html#_averaging', 'attn_cifar/ladder.py'),
                                    'attn_cifar.ladder._encode': ('ladder.html#_encode', 'attn_cifar/ladder.py'),
                                    'attn_cifar.ladder._find': ('ladder.html#_find', 'attn_cifar/ladder.py'),
                                    'attn_cifar.ladder._write': ('ladder.html#_write', 'attn_cifar/ladder.py'),

@@ -6,7 +6,7 @@
 __all__ = ['BUDGET', 'SHORT', 'VALID', 'RUNGS', 'FINALISTS', 'TUNED', 'Rung', 'train_rung', 'summarize', 'evaluate_flipped',
            'evaluate_without', 'picture_attention', 'measure_speed', 'ladder']
 
-# %% ../nbs/09_ladder.ipynb #8a936ac8
+# %% ../nbs/09_ladder.ipynb #7f8cf6ef
 import base64
 import copy
 import io
@@ -32,7 +32,7 @@ from .recipes import RECIPES, BatchLoss, choose_engine, keep_memory, make_optimi
 from .runs import Evaluation, Run, describe_machine, evaluate, write_text
 from .training import fit
 
-# %% ../nbs/09_ladder.ipynb #4f71f66f
+# %% ../nbs/09_ladder.ipynb #f678d1b9
 BUDGET = 25_680  # parameters of upstream's network
 SHORT = 3  # epochs of a training on the ladder
 VALID = 5000  # training images held out to choose by
@@ -51,6 +51,16 @@ class Rung:
 
 _wide = partial(HybridAttention, channels=56, stem=16, attention=None)
 _beside = partial(HybridAttention, channels=56, stem=16, attention="similarity", heads=2, reach=7)
+
+
+def _averaging(num_classes: int = 10, **options: Any) -> nn.Module:
+    "Return the network of `similarity` with even weights, which stay so: each position adds the average of all."
+    model = _beside(num_classes, reach=0, **options)
+    for block in (module for module in model.modules() if isinstance(module, SimilarityAttention)):
+        block.sharpness.requires_grad_(False).zero_()
+    return model
+
+
 RUNGS = [
     Rung("upstream", None, "8 channels of one averaged vector attend to each other", BasicAttention),
     Rung("residual", "upstream", "a residual connection around each block, normalisation before it",
@@ -63,13 +73,17 @@ RUNGS = [
     Rung("gate", "depthwise", "upstream's 48→8→48 bottleneck as a gate on the channels, twice",
          partial(HybridAttention, gate=True)),
     Rung("no attention", "depthwise", "attention left out, and 56 channels for the 48 it left room for", _wide, control=True),
+    Rung("average", "no attention", "beside two of the convolutions, the average over all positions", _averaging, control=True),
     Rung("similarity", "no attention", "attention without projections beside two of the convolutions", _beside),
     Rung("SiLU", "similarity", "a smooth activation for ReLU", partial(_beside, activation=nn.SiLU)),
     Rung("Muon", "SiLU", "the recipe of attn_tiny: Muon for AdamW, and its learning rate",
          partial(_beside, activation=nn.SiLU), "tiny"),
+    Rung("Muon, no attention", "Muon", "attention left out: conv_tiny", partial(_wide, activation=nn.SiLU), "tiny", control=True),
+    Rung("Muon, average", "Muon", "the average over all positions for attention", partial(_averaging, activation=nn.SiLU), "tiny",
+         control=True),
 ]
 
-# %% ../nbs/09_ladder.ipynb #7e32a5be
+# %% ../nbs/09_ladder.ipynb #69092a8e
 def train_rung(
     rung: Rung,
     data: ImageData,
@@ -153,7 +167,7 @@ def measure_speed(
                     found[name].append(sum(len(y) for _, (_, y) in images) / (time.perf_counter() - started))
     return found
 
-# %% ../nbs/09_ladder.ipynb #86f17d24
+# %% ../nbs/09_ladder.ipynb #3c2573b6
 FINALISTS = "attn_tiny", "conv_tiny"
 TUNED = 0.0175, 0.035, 0.07  # peak learning rates tried for both
 
