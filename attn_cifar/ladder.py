@@ -6,7 +6,7 @@
 __all__ = ['BUDGET', 'SHORT', 'VALID', 'RUNGS', 'FINALISTS', 'TUNED', 'Rung', 'train_rung', 'summarize', 'evaluate_flipped',
            'evaluate_without', 'picture_attention', 'measure_speed', 'ladder']
 
-# %% ../nbs/09_ladder.ipynb #7f8cf6ef
+# %% ../nbs/09_ladder.ipynb #5f35dcd5
 import base64
 import copy
 import io
@@ -32,7 +32,7 @@ from .recipes import RECIPES, BatchLoss, choose_engine, keep_memory, make_optimi
 from .runs import Evaluation, Run, describe_machine, evaluate, write_text
 from .training import fit
 
-# %% ../nbs/09_ladder.ipynb #f678d1b9
+# %% ../nbs/09_ladder.ipynb #985992c2
 BUDGET = 25_680  # parameters of upstream's network
 SHORT = 3  # epochs of a training on the ladder
 VALID = 5000  # training images held out to choose by
@@ -83,7 +83,7 @@ RUNGS = [
          control=True),
 ]
 
-# %% ../nbs/09_ladder.ipynb #69092a8e
+# %% ../nbs/09_ladder.ipynb #2e80ee5a
 def train_rung(
     rung: Rung,
     data: ImageData,
@@ -141,7 +141,7 @@ def measure_speed(
     rungs: Sequence[Rung],
     data: ImageData,
     rounds: int = 5,
-    steps: int = 30,
+    steps: int = 12,
 ) -> dict[str, list[float]]:  # images a second, one number a round
     "Train all rungs by turns, some steps each, so that what else the machine does slows none of them alone."
     found: dict[str, list[float]] = {rung.name: [] for rung in rungs}
@@ -167,7 +167,7 @@ def measure_speed(
                     found[name].append(sum(len(y) for _, (_, y) in images) / (time.perf_counter() - started))
     return found
 
-# %% ../nbs/09_ladder.ipynb #3c2573b6
+# %% ../nbs/09_ladder.ipynb #f8e5757c
 FINALISTS = "attn_tiny", "conv_tiny"
 TUNED = 0.0175, 0.035, 0.07  # peak learning rates tried for both
 
