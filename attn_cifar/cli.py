@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #90b20765
+# %% ../nbs/08_cli.ipynb #8ab9bbda
 import argparse
 import json
 import logging
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .data import InputError
 
-# %% ../nbs/08_cli.ipynb #8eeb56c4
+# %% ../nbs/08_cli.ipynb #75f7bf59
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
 
@@ -78,7 +78,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None):
         raise InputError("this run does not say where its images came from: give --data")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
-# %% ../nbs/08_cli.ipynb #b57c28a2
+# %% ../nbs/08_cli.ipynb #6bed1e04
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     "Train a model, write its run folder and its report."
     import torch
@@ -187,19 +187,22 @@ def _predict(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
     from attn_cifar.data import normalize, read_image
-    from attn_cifar.models import find_pretrained
-    from attn_cifar.training import load_run
+    from attn_cifar.models import find_pretrained, load_pretrained
+    from attn_cifar.runs import load_run, read_config
 
     own, shipped = Path(arguments.model, "config.json").exists(), find_pretrained(arguments.model)
     if not own and not shipped and not Path(arguments.model).exists():
         raise InputError(f"{arguments.model} is neither a run folder nor a model that comes with weights, such as attn_tiny")
-    run = load_run(arguments.model if own or not shipped else shipped)
-    preprocessing = run.config["data"]
+    if own or not shipped:
+        run = load_run(arguments.model)
+        model, preprocessing = run.model, run.config["data"]
+    else:
+        model, preprocessing = load_pretrained(arguments.model), read_config(shipped)["data"]
     results = []
     for name in arguments.images:
         image = torch.from_numpy(read_image(name, preprocessing["image_size"]))
         with torch.no_grad():
-            logits = run.model(normalize(image[None], preprocessing["mean"], preprocessing["std"]))
+            logits = model(normalize(image[None], preprocessing["mean"], preprocessing["std"]))
         best = logits.softmax(1)[0].topk(min(arguments.top, logits.shape[1]))
         classes = [preprocessing["class_names"][i] for i in best.indices]
         results.append({"image": name, "predictions": dict(zip(classes, best.values.tolist(), strict=True))})
@@ -238,7 +241,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     run_study(arguments.name, data=arguments.data, out=arguments.out)
 
-# %% ../nbs/08_cli.ipynb #11b69e03
+# %% ../nbs/08_cli.ipynb #ee1d4d1d
 _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",

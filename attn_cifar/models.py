@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'RelativePosition', 'Ultimus', 'record_attention', 'conv_bl
            'SimilarityAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'ModelEntry', 'list_models',
            'create_model', 'count_parameters', 'count_macs', 'describe_model', 'find_pretrained', 'load_pretrained']
 
-# %% ../nbs/01_models.ipynb #818cfbd4
+# %% ../nbs/01_models.ipynb #edfc4c32
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .data import InputError
-from .state import read_tensors
 
-# %% ../nbs/01_models.ipynb #4d50c03e
+# %% ../nbs/01_models.ipynb #dddc5817
 class RelativePosition(nn.Module):
     "Score how far positions lie apart: a learned number a head for each distance in rows, and one for each in columns."
 
@@ -103,7 +103,7 @@ class Ultimus(nn.Module):
             mixed = mixed.transpose(1, 2).flatten(2)
         return self.out(mixed.squeeze(-1) if x.ndim == 2 else mixed)
 
-# %% ../nbs/01_models.ipynb #43d0e482
+# %% ../nbs/01_models.ipynb #b495a7ed
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     "Let every attention of `model` keep its matrices, (B, T, T) or (B, heads, T, T), by module name, one entry a call."
@@ -118,7 +118,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         for name, block in blocks.items():
             block.recorded = before[name]
 
-# %% ../nbs/01_models.ipynb #eb17f75f
+# %% ../nbs/01_models.ipynb #f283d6c4
 def conv_block(in_channels: int, out_channels: int, pool: int = 1) -> nn.Sequential:
     "Return upstream's 3×3 convolution → ReLU → batch normalisation, then a max-pool by `pool`."
     layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(out_channels)]
@@ -151,7 +151,7 @@ class BasicAttention(nn.Module):
             features = features + block(F.layer_norm(features, (48,))) if self.residual else block(features)
         return self.fc1(features)
 
-# %% ../nbs/01_models.ipynb #27d2c355
+# %% ../nbs/01_models.ipynb #1b16a9b0
 class SpatialAttention(nn.Module):
     "The same convolutions and blocks with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
 
@@ -174,7 +174,7 @@ class SpatialAttention(nn.Module):
             tokens = tokens + block(norm(tokens))
         return self.fc1(tokens.mean(1))
 
-# %% ../nbs/01_models.ipynb #393d7355
+# %% ../nbs/01_models.ipynb #8124b148
 class SimilarityAttention(nn.Module):
     "Average positions weighted by likeness and distance, without projections: (B, channels, H, W) to the same. No residual."
 
@@ -286,7 +286,7 @@ class HybridAttention(nn.Module):
             features = tokens.transpose(1, 2).unflatten(2, features.shape[2:])
         return self.fc1(self.coarse(features).mean((2, 3)))
 
-# %% ../nbs/01_models.ipynb #42929dc2
+# %% ../nbs/01_models.ipynb #e234947d
 @dataclass(frozen=True)
 class ModelEntry:
     "Say how a registered model is made, and by which recipe it is trained unless another is asked for."
@@ -358,9 +358,9 @@ def describe_model(name: str) -> dict[str, str | int]:
     return {"name": name, "parameters": count_parameters(model), "macs": count_macs(model), "recipe": MODELS[name].recipe,
             "summary": MODELS[name].summary}
 
-# %% ../nbs/01_models.ipynb #405652d2
+# %% ../nbs/01_models.ipynb #9889daef
 def find_pretrained(name: str) -> Path | None:
-    "Return the run folder of a shipped model; None where there is none of that name."
+    "Return the folder of a shipped model; None where there is none of that name."
     folder = Path(str(files("attn_cifar"))) / "pretrained" / name
     return folder if name in MODELS and folder.is_dir() else None
 
@@ -372,5 +372,5 @@ def load_pretrained(name: str) -> nn.Module:
         shipped = ", ".join(filter(find_pretrained, MODELS)) or "none"
         raise InputError(f"{name!r} does not come with weights; there is {shipped}")
     model = create_model(name)
-    model.load_state_dict(read_tensors(folder / "model.safetensors"))
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
     return model.to(memory_format=torch.channels_last).eval()
