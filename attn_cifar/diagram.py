@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .data import InputError
-from .explain import undisturbed
+from .attention import undisturbed
 from .models import SimilarityAttention, Ultimus
 from .state import unwrap
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from .data import Batches, ImageData, InputError, load_data, normalize
-from .explain import attention_maps
+from .explain import explain
 from .lr_finder import find_lr
 from .models import (
     BasicAttention, HybridAttention, SimilarityAttention, SpatialAttention, count_macs, create_model, record_attention)
@@ -133,7 +133,7 @@ def picture_attention(model: nn.Module, data: ImageData, images: list[int]) -> d
         return {"layer": None, "maps": []}
     layer, matrices = list(recorded.items())[-1]
     channels = matrices[-1].shape[1:] == (8, 8)
-    maps = matrices[-1] if channels else attention_maps(model, x, 0, [layer])[0].maps
+    maps = matrices[-1] if channels else explain(model, x, 0, "attention", [layer])[0].maps
     return {"layer": layer, "maps": [[[round(value, 5) for value in row] for row in map_] for map_ in maps.tolist()]}
 
 

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import undisturbed
 from .data import (_CIFAR10_MEAN, _CIFAR10_STD, NO_AUGMENTATION, AlbumentationsTransform, ImageData,
                              ImageDataset, InputError, load_data, unnormalize)
-from .explain import Explanation, grad_cam, undisturbed
+from .explain import Explanation, explain
 from .lr_finder import find_lr
 from .models import BasicAttention, Ultimus, count_parameters
 from .training import RECIPES, evaluate, make_optimizer, make_scheduler
@@ -295,7 +296,7 @@ def GRADCAM(
     if not len(images):
         raise InputError("there is no image to explain: images is empty")
     batch = torch.stack(list(images))
-    explanations = {explanation.layer: explanation for explanation in grad_cam(model, batch, labels, target_layers)}
+    explanations = {explanation.layer: explanation for explanation in explain(model, batch, labels, "grad_cam", target_layers)}
     layers = [explanations[name].upsampled(tuple(batch.shape[2:]))[:, None] for name in target_layers]  # as ordered
     with undisturbed(model), torch.no_grad():
         output = model(batch.to(next(model.parameters()).device))

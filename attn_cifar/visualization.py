@@ -360,7 +360,8 @@ def plot_explanations(
     return fig
 
 
-METHOD_NAMES = {"grad_cam": "Grad-CAM", "attention": "attention"}
+METHOD_NAMES = {"grad_cam": "Grad-CAM", "attention_rollout": "rollout", "gradient_attention": "gradient × attention",
+                "attention": "attention"}
 
 
 def overlay(picture: np.ndarray, heat: np.ndarray, empty: bool) -> np.ndarray:
