@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE_NAMES', 'ImageData', 'cache_folder', 'map_array', 'read_image', 'draw_shapes', 'load_data']
 
-# %% ../nbs/00_data.ipynb #cc636f49
+# %% ../nbs/00_data.ipynb #fc4d82ae
 import colorsys
 import hashlib
 import json
@@ -26,7 +26,7 @@ from attn_cifar.batches import (  # noqa: F401, handed on: one import serves a w
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../nbs/00_data.ipynb #b66892d2
+# %% ../nbs/00_data.ipynb #8101c1bf
 @dataclass(frozen=True)
 class ImageData:
     "Hold a labelled image data set: training and test images, class names, and the normalisation that goes with them."
@@ -75,7 +75,7 @@ def _stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         rank[members] = (np.arange(len(members)) + 0.5) / len(members)
     return np.sort(np.argsort(rank, kind="stable")[:count])
 
-# %% ../nbs/00_data.ipynb #c29bdacb
+# %% ../nbs/00_data.ipynb #6a4e565b
 _ARRAYS = "train_images", "train_labels", "test_images", "test_labels"
 
 
@@ -135,7 +135,7 @@ def map_array(
     """
     return np.load(path, mmap_mode="c" if os.path.getsize(path) < 2**30 else "r")
 
-# %% ../nbs/00_data.ipynb #2afc23fc
+# %% ../nbs/00_data.ipynb #5b38a916
 _CIFAR10_MEAN = 0.49139968, 0.48215841, 0.44653091  # upstream's constants, of the 50,000 training images
 _CIFAR10_STD = 0.24703223, 0.24348513, 0.26158784
 
@@ -163,7 +163,7 @@ def _cifar10() -> ImageData:
     images_and_labels = [array for part in parts for array in (part.data, np.array(part.targets, dtype=np.int64))]
     return ImageData(*images_and_labels, tuple(parts[0].classes), _CIFAR10_MEAN, _CIFAR10_STD, "cifar10")
 
-# %% ../nbs/00_data.ipynb #b9c82e29
+# %% ../nbs/00_data.ipynb #a19bd015
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _TEST_FOLDERS = "test", "val", "valid"
 _MOST_PIXELS = 2**26
@@ -211,6 +211,22 @@ def _list_folder(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path
     return train, test
 
 
+def _to_rgb(image):
+    "Return a PIL image of any mode as RGB: 16 bits scaled to 8, transparent places white."
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range nothing tells")
+    if image.mode.startswith("I"):  # PIL's own conversion cuts off at 255
+        deep = np.asarray(image).astype(np.float64)
+        wide = image.mode != "I" or deep.max(initial=0) > 255
+        return Image.fromarray((deep / 257 if wide else deep).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
 def _decode(path: Path, size: int) -> tuple[np.ndarray, bool]:
     "Read one image as uint8 (size, size, 3); the second value tells whether it had to be resized."
     from PIL import Image, ImageOps
@@ -218,7 +234,7 @@ def _decode(path: Path, size: int) -> tuple[np.ndarray, bool]:
     with Image.open(path) as image:
         if image.width * image.height > _MOST_PIXELS:  # a small file can say so; PIL itself refuses from 179 million on
             raise ValueError(f"{image.width}×{image.height} is more than {_MOST_PIXELS / 1e6:.0f} million pixels")
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = _to_rgb(ImageOps.exif_transpose(image))
         resized = image.size != (size, size)
         return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if resized else image), resized
 
@@ -227,11 +243,17 @@ def read_image(
     path: str | os.PathLike,  # of any format, size and mode that PIL reads
     size: int = 32,  # side in pixels of the result
 ) -> np.ndarray:  # uint8 (size, size, 3)
-    "Read one image file as the images of a folder are read. Raises `InputError`."
+    "Read one image file as the images of a folder are read, of several frames the first. Raises `InputError`."
+    from PIL import Image
+
     if not Path(path).is_file():  # a pipe would be waited for
         raise InputError(f"there is no file {path}")
     try:
-        return _decode(Path(path), size)[0]
+        picture, _ = _decode(Path(path), size)
+        with Image.open(path) as image:
+            if getattr(image, "is_animated", False):
+                _log.warning("%s has several frames: the first is used", path)
+        return picture
     except Exception as error:  # PIL raises many kinds for a broken file
         raise InputError(f"{path} is not a readable image ({error})") from error
 
@@ -292,14 +314,14 @@ def _folder(source: str, size: int, skip_bad: bool) -> ImageData:
 
 def _folder_key(root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]], size: int, skip_bad: bool) -> str:
     "Return a name that changes with any file's path, size or time."
-    digest = hashlib.sha256(os.fsencode(f"v1 {root.resolve()} {size} {skip_bad}"))
+    digest = hashlib.sha256(os.fsencode(f"v2 {root.resolve()} {size} {skip_bad}"))
     for kind, files in (("train", train), ("test", test)):
         for path in (path for paths in files.values() for path in paths):
             stat = path.stat()
             digest.update(os.fsencode(f"{kind} {path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"))
     return f"folder-{digest.hexdigest()[:32]}"
 
-# %% ../nbs/00_data.ipynb #d77c47ee
+# %% ../nbs/00_data.ipynb #7b65d6a3
 def _corners(count: int, inner: float = 1.0) -> np.ndarray:
     "Return a regular polygon's corners (count, 2), the first straight up, every second one at radius `inner`."
     angle = 2 * np.pi * np.arange(count) / count
@@ -324,7 +346,7 @@ def _outlines() -> dict[str, list[np.ndarray]]:
 _OUTLINES = _outlines()
 SHAPE_NAMES = tuple(_OUTLINES)  # alphabetical, as the classes of a folder would be
 
-# %% ../nbs/00_data.ipynb #f69bbf3e
+# %% ../nbs/00_data.ipynb #b378eae2
 def _two_colours(rng: np.random.Generator) -> np.ndarray:  # float (2, 3), RGB in 0..255: background, object
     "Draw two colours that differ in brightness by a quarter of its range or more, the second lighter in 4 of 5."
     sign = 1 if rng.random() < .8 else -1
@@ -375,7 +397,7 @@ def draw_shapes(
     streams = (np.random.default_rng((split == "test", i, seed)) for i in range(count))
     return np.stack([_draw_shape(SHAPE_NAMES[label], rng) for label, rng in zip(labels, streams, strict=True)]), labels
 
-# %% ../nbs/00_data.ipynb #370d6258
+# %% ../nbs/00_data.ipynb #a92ebb7b
 def _shapes() -> ImageData:
     "Draw the built-in data set: 10,000 training and 2,000 test images."
     images, labels = draw_shapes(10_000)
@@ -385,7 +407,7 @@ def _shapes() -> ImageData:
 
 
 
-# %% ../nbs/00_data.ipynb #21e63ee7
+# %% ../nbs/00_data.ipynb #11849614
 def load_data(
     source: str | os.PathLike,  # "cifar10", "shapes", or a folder: train/<class>/* and test/<class>/*, or <class>/*
     *,

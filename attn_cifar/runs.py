@@ -6,7 +6,7 @@
 __all__ = ['Evaluation', 'evaluate', 'Run', 'load_run', 'read_config', 'refuse_other_run', 'write_text', 'write_csv',
            'describe_machine']
 
-# %% ../nbs/03_runs.ipynb #1a18af1c
+# %% ../nbs/03_runs.ipynb #0f857d0f
 import csv
 import json
 import os
@@ -28,7 +28,7 @@ from .recipes import Engine, Recipe, autocast, keep_memory
 from .processes import ALONE, Processes
 from .state import read_tensors, replacing, unwrap, write_tensors
 
-# %% ../nbs/03_runs.ipynb #8149029d
+# %% ../nbs/03_runs.ipynb #31dc04f1
 @dataclass(frozen=True)
 class Evaluation:
     "Hold the logits of a model on a labelled set, and what follows from them."
@@ -59,6 +59,32 @@ class Evaluation:
         "Counts, int64 (C, C): rows are true classes, columns predicted ones."
         count = len(self.class_names)
         return torch.bincount(self.labels * count + self.predictions, minlength=count**2).view(count, count)
+
+    @cached_property
+    def class_accuracy(self) -> Tensor:
+        "The share of each class that is recognised, float64 (C,), 0..1; 0 where it has no images."
+        return self.confusion.diagonal().double() / self.confusion.sum(1).clamp(min=1)
+
+    @cached_property
+    def confused(self) -> list[tuple[int, int, int]]:
+        "The pairs that were confused: true class, predicted class, count; the commonest first."
+        wrong = self.confusion.clone().fill_diagonal_(0)
+        pairs = [(true, guess, int(wrong[true, guess])) for true, guess in wrong.nonzero().tolist()]
+        return sorted(pairs, key=lambda pair: -pair[2])
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        "Of 15 equal ranges of the predicted class's probability: images, mean probability, share right; float64 (15, 3)."
+        sure, right = self.probabilities.double().amax(1), (self.predictions == self.labels).double()
+        place = (sure * 15).long().clamp(max=14)
+        sums = torch.zeros(15, 3, dtype=torch.float64).index_add_(0, place, torch.stack([torch.ones_like(sure), sure, right], 1))
+        return torch.cat([sums[:, :1], sums[:, 1:] / sums[:, :1].clamp(min=1)], 1)
+
+    @cached_property
+    def calibration_error(self) -> float:
+        "The mean distance of probability and share right over those ranges, weighted by images: ECE, 0..1 (Guo et al. 2017)."
+        images, sure, right = self.calibration.T
+        return float((images * (sure - right).abs()).sum() / images.sum())
 
     @cached_property
     def misclassified(self) -> Tensor:
@@ -118,7 +144,7 @@ def evaluate(
     all_logits = torch.cat(logits).cpu()
     return Evaluation(all_logits, torch.cat(labels).cpu(), class_names or tuple(map(str, range(all_logits.shape[1]))))
 
-# %% ../nbs/03_runs.ipynb #2e312236
+# %% ../nbs/03_runs.ipynb #8bde47b7
 @dataclass
 class Run:
     "Hold one training: its configuration, what was measured, the model and its last evaluation."

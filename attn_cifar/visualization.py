@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'WIDTH', 'DPI', 'MAX_STORED', 'MAX_ROWS', 'SPLITS', 'MAX_CELL_TEXT', 'HEAT', 'METHOD_NAMES',
-           'plot_images', 'plot_history', 'plot_schedule', 'plot_lr_find', 'plot_confusion', 'plot_misclassified',
-           'plot_explanations', 'overlay', 'plot_network']
+           'styled', 'new_axes', 'short_name', 'plot_images', 'plot_history', 'plot_schedule', 'plot_lr_find',
+           'plot_confusion', 'plot_misclassified', 'plot_explanations', 'overlay', 'plot_network']
 
-# %% ../nbs/06_visualization.ipynb #e8a87c24
+# %% ../nbs/06_visualization.ipynb #02386d53
 import functools
 import io
 import textwrap
@@ -22,7 +22,7 @@ from .diagram import draw_network, drawing_height, trace_network
 from .explain import Explanation
 from .state import unwrap
 
-# %% ../nbs/06_visualization.ipynb #10f73ca8
+# %% ../nbs/06_visualization.ipynb #d6fb9c78
 COLORS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "grey": "#6B7280"}
 STYLE = {
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -38,7 +38,7 @@ DPI = 80
 MAX_STORED = 90_000  # bytes of a figure in a notebook before its colours are reduced
 
 
-def _styled(plot: Callable) -> Callable:
+def styled(plot: Callable) -> Callable:
     "Give `plot` the look of the library, and nobody else."
 
     @functools.wraps(plot)
@@ -77,14 +77,14 @@ def _new_figure(height: float, width: float = WIDTH):
     return figure
 
 
-def _new_axes(height: float, width: float = WIDTH):
+def new_axes(height: float, width: float = WIDTH):
     "Make one axes on a new figure of its own."
     ax = _new_figure(height, width).add_subplot()
     ax._repr_png_ = ax.figure._repr_png_
     return ax
 
 
-def _short(name: str, length: int = 14) -> str:
+def short_name(name: str, length: int = 14) -> str:
     "Shorten a class name that would not fit, and leave nothing in it that is more than a letter to matplotlib."
     import matplotlib
 
@@ -92,11 +92,11 @@ def _short(name: str, length: int = 14) -> str:
     name = name if len(name) <= length else name[: length - 1] + "…"
     return name.replace("$", r"\$") if matplotlib.rcParams["text.parse_math"] else name
 
-# %% ../nbs/06_visualization.ipynb #0c1f5c3a
+# %% ../nbs/06_visualization.ipynb #b6ae492f
 MAX_ROWS = 20  # classes shown by `plot_images`
 
 
-@_styled
+@styled
 def plot_images(
     data: ImageData,
     per_class: int = 5,  # images of each class, 1 or more
@@ -121,9 +121,9 @@ def plot_images(
     canvas = np.ones((count * step_y - gap, per_class * step_x - gap, 3), np.float32)
     for row, column, image in zip(*_places(rows), images, strict=True):
         canvas[row * step_y : row * step_y + height, column * step_x : column * step_x + width] = image
-    ax = ax or _new_axes(0.55 + (WIDTH - 1.05) * canvas.shape[0] / canvas.shape[1])
+    ax = ax or new_axes(0.55 + (WIDTH - 1.05) * canvas.shape[0] / canvas.shape[1])
     ax.imshow(canvas.clip(0, 1), interpolation="nearest")
-    ax.set_yticks(np.arange(count) * step_y + height / 2, [_short(name, 18) for name in data.class_names[:count]])
+    ax.set_yticks(np.arange(count) * step_y + height / 2, [short_name(name, 18) for name in data.class_names[:count]])
     ax.set_xticks([])
     ax.tick_params(length=0)
     ax.grid(False)
@@ -138,11 +138,11 @@ def _places(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     places = [(row, column) for row, members in enumerate(rows) for column in range(len(members))]
     return [row for row, _ in places], [column for _, column in places]
 
-# %% ../nbs/06_visualization.ipynb #1fc04938
+# %% ../nbs/06_visualization.ipynb #c5c25b0b
 SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["orange"], "s")}
 
 
-@_styled
+@styled
 def plot_history(
     history,  # a `Run`, or its `history`: one mapping for each epoch
     fig=None,  # matplotlib Figure or SubFigure; None: a new one
@@ -176,8 +176,8 @@ def plot_history(
     panels[1].set_xlabel("epoch")
     return fig
 
-# %% ../nbs/06_visualization.ipynb #2a5c6026
-@_styled
+# %% ../nbs/06_visualization.ipynb #0747c5cf
+@styled
 def plot_schedule(
     steps,  # a `Run`, its `steps` ("lr" and, if it moves, "momentum", one value a step), or the learning rates alone
     ax=None,  # matplotlib Axes; None: a new one
@@ -188,7 +188,7 @@ def plot_schedule(
     rates = np.asarray(steps["lr"], dtype=float)
     if not len(rates):
         raise InputError("the schedule is empty: no step has been made yet")
-    ax = ax or _new_axes(3.1)
+    ax = ax or new_axes(3.1)
     ax.plot(rates, color=COLORS["blue"], label="learning rate")
     peak = int(rates.argmax())
     ax.plot([peak], [rates[peak]], "o", color=COLORS["blue"], label="maximum")
@@ -206,14 +206,14 @@ def plot_schedule(
         ax.set_title("Schedule: learning rate and momentum")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #2723924d
-@_styled
+# %% ../nbs/06_visualization.ipynb #322c7e30
+@styled
 def plot_lr_find(
     result,  # an `LRRangeTest`
     ax=None,  # matplotlib Axes; None: a new one
 ):
     "Plot an LR range test: raw and smoothed loss over the learning rate, the trials' losses, the suggestion and its range."
-    ax = ax or _new_axes(3.4)
+    ax = ax or new_axes(3.4)
     rates, losses, smoothed = (np.asarray(getattr(result, name), dtype=float) for name in ("lrs", "losses", "smoothed"))
     ax.plot(rates, losses, ".", color=COLORS["grey"], alpha=0.5, markersize=4, label="loss of a step")
     ax.plot(rates[: len(smoothed)], smoothed, color=COLORS["blue"], label="smoothed")
@@ -244,11 +244,11 @@ def plot_lr_find(
     ax.legend(loc="lower left")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #3858c831
+# %% ../nbs/06_visualization.ipynb #249e5d78
 MAX_CELL_TEXT = 20  # classes up to which `plot_confusion` writes numbers
 
 
-@_styled
+@styled
 def plot_confusion(
     evaluation,  # an `Evaluation`: confusion (C, C), rows true, and class_names
     ax=None,  # matplotlib Axes; None: a new one, larger for many classes
@@ -256,9 +256,9 @@ def plot_confusion(
     "Plot the confusion matrix in percent of each true class."
     counts = np.asarray(evaluation.confusion, dtype=float)
     shares = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    names, classes = [_short(name, 18) for name in evaluation.class_names], len(counts)
+    names, classes = [short_name(name, 18) for name in evaluation.class_names], len(counts)
     few = classes <= MAX_CELL_TEXT
-    ax = ax or _new_axes(5.6 if few else 1.2 + 0.125 * classes, WIDTH if few else 2.0 + 0.125 * classes)
+    ax = ax or new_axes(5.6 if few else 1.2 + 0.125 * classes, WIDTH if few else 2.0 + 0.125 * classes)
     drawn = ax.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     size = 10 if classes <= 12 else 7
     for row, column in np.argwhere(shares >= 0.5) if few else ():
@@ -278,8 +278,8 @@ def plot_confusion(
     ax.set_title(f"Confusion [% of the true class]: {accuracy:.1f} % correct")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #28b33fc7
-@_styled
+# %% ../nbs/06_visualization.ipynb #7dd020a3
+@styled
 def plot_misclassified(
     evaluation,  # an `Evaluation` of the test images of `data`
     data: ImageData,
@@ -303,7 +303,7 @@ def plot_misclassified(
         truth, guess = int(evaluation.labels[index]), int(evaluation.predictions[index])
         ax.imshow(np.asarray(data.test_images[index]), interpolation="nearest")
         confidence = 100 * float(evaluation.probabilities[index, guess])
-        ax.set_title(f"{_short(data.class_names[truth])}\n→ {_short(data.class_names[guess])} {confidence:.0f} %",
+        ax.set_title(f"{short_name(data.class_names[truth])}\n→ {short_name(data.class_names[guess])} {confidence:.0f} %",
                      fontsize=9.5, fontweight="normal", loc="center")
     if chosen:
         fig.suptitle("Most confident mistakes: true class → prediction", x=0.02, ha="left")
@@ -311,11 +311,11 @@ def plot_misclassified(
         panels[0].text(0.5, 0.5, "no mistakes", ha="center", va="center", transform=panels[0].transAxes)
     return fig
 
-# %% ../nbs/06_visualization.ipynb #554e1d8c
+# %% ../nbs/06_visualization.ipynb #cdc2407b
 HEAT = "inferno"  # perceptually uniform, its brightness alone carries the order
 
 
-@_styled
+@styled
 def plot_explanations(
     explanations: Sequence[Explanation],  # as `explain` returns them
     images: torch.Tensor,  # the images explained, float (B, 3, H, W), normalised
@@ -375,12 +375,12 @@ def overlay(picture: np.ndarray, heat: np.ndarray, empty: bool) -> np.ndarray:
 
 def _caption(explanation: Explanation, index: int, data: ImageData, labels) -> str:
     "Name the true class, if known, and the explained class with its probability."
-    explained = _short(data.class_names[int(explanation.targets[index])], 11)
+    explained = short_name(data.class_names[int(explanation.targets[index])], 11)
     text = f"{explained}\n{100 * float(explanation.probabilities[index]):.0f} %"
-    return text if labels is None else f"{_short(data.class_names[int(labels[index])], 11)}\n→ {text}"
+    return text if labels is None else f"{short_name(data.class_names[int(labels[index])], 11)}\n→ {text}"
 
-# %% ../nbs/06_visualization.ipynb #9aa2834a
-@_styled
+# %% ../nbs/06_visualization.ipynb #5bdfe2b8
+@styled
 def plot_network(
     model: nn.Module,  # any network that takes images (B, 3, H, W); left as it was
     image_size: int = 32,  # side in pixels
@@ -388,7 +388,7 @@ def plot_network(
 ):
     "Draw the network from top to bottom: its parts with parameters, the shapes between them, residuals beside them."
     parts = trace_network(model, image_size)
-    ax = ax or _new_axes(drawing_height(parts) + 0.75)
+    ax = ax or new_axes(drawing_height(parts) + 0.75)
     draw_network(parts, ax)
     model = unwrap(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
