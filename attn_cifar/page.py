@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_SIDE', 'PAGE_STYLE', 'PAGE', 'Picture', 'embed_image', 'data_uri', 'Table', 'Section', 'render_page', 'percent']
 
-# %% ../nbs/07_page.ipynb #1eefc3a5
+# %% ../nbs/07_page.ipynb #93865d66
 import base64
 import io
 from dataclasses import dataclass, field
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-# %% ../nbs/07_page.ipynb #db8dcc34
+from .chart import CHART_STYLE, Chart
+
+# %% ../nbs/07_page.ipynb #2b91660a
 MAX_SIDE = 96  # pixels: larger images are shown smaller
 
 
@@ -49,7 +51,7 @@ def data_uri(
     "Return an image file as an address which contains it."
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
-# %% ../nbs/07_page.ipynb #a4ef30da
+# %% ../nbs/07_page.ipynb #3231dca3
 @dataclass
 class Table:
     "Hold a table: the first column names the rows; a float in 0..1 becomes a bar with its percentage."
@@ -68,13 +70,14 @@ class Section:
     wide: bool = False  # takes a whole row of a wide screen, where two stand side by side
     first: bool = False  # stands on the left
     tiles: list[tuple[str, str]] = field(default_factory=list)  # value and label
+    charts: list[Chart] = field(default_factory=list)
     plots: list[Picture] = field(default_factory=list)
     strips: list[tuple[str, list[Picture]]] = field(default_factory=list)  # label and images of a row
     gallery: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     code: list[tuple[str, str]] = field(default_factory=list)  # label and text
 
-# %% ../nbs/07_page.ipynb #5e429794
+# %% ../nbs/07_page.ipynb #d6258a6d
 PAGE_STYLE = """
 :root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --text: #1f2328; --quiet: #59626e; --line: #dfe3e8;
   --accent: #00619a; --strong: #b54708; --bar: #7fb8dc; }
@@ -162,7 +165,7 @@ footer { margin-top: 1.25rem; color: var(--quiet); font-size: .875rem; overflow-
 @media print { nav { display: none; } section { break-inside: avoid; } body { background: #fff; } }
 """
 
-# %% ../nbs/07_page.ipynb #2fc20460
+# %% ../nbs/07_page.ipynb #e0cc3bed
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -218,6 +221,8 @@ PAGE = """<!DOCTYPE html>
 {% endfor %}
 </dl>
 {% endif %}
+{% for chart in section.charts %}{{ chart.svg | safe }}
+{% endfor %}
 {% for picture in section.plots %}{{ figure(picture, "plot") }}
 {% endfor %}
 {% if section.strips %}
@@ -258,7 +263,7 @@ PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# %% ../nbs/07_page.ipynb #e09e6eae
+# %% ../nbs/07_page.ipynb #212e9f74
 def render_page(
     title: str,
     subtitle: str,
@@ -270,7 +275,7 @@ def render_page(
     environment.filters["percent"] = percent
     icon = np.where(np.eye(2, dtype=bool)[..., None], (0, 114, 178), (213, 94, 0)).astype(np.uint8)
     return environment.from_string(PAGE).render(
-        title=title, subtitle=subtitle, sections=sections, footer=footer, style=PAGE_STYLE, wide=_wide(sections),
+        title=title, subtitle=subtitle, sections=sections, footer=footer, style=PAGE_STYLE + CHART_STYLE, wide=_wide(sections),
         icon=embed_image(icon, "").source)
 
 
