@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #8ab9bbda
+# %% ../nbs/08_cli.ipynb #1716dbfb
 import argparse
 import json
 import logging
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .data import InputError
 
-# %% ../nbs/08_cli.ipynb #75f7bf59
+# %% ../nbs/08_cli.ipynb #26d9afa0
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
 
@@ -78,7 +78,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None):
         raise InputError("this run does not say where its images came from: give --data")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
-# %% ../nbs/08_cli.ipynb #6bed1e04
+# %% ../nbs/08_cli.ipynb #48f9171d
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     "Train a model, write its run folder and its report."
     import torch
@@ -171,12 +171,12 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
     run = load_run(arguments.run)
     evaluation = evaluate(run.model, _run_data(arguments, run.config), precision=run.config["engine"]["precision"])
-    correct = evaluation.confusion.diagonal()
-    per_class = (correct / evaluation.confusion.sum(1).clamp(min=1)).tolist()
     result = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "images": len(evaluation.labels),
-              "class_accuracy": dict(zip(evaluation.class_names, per_class, strict=True))}
+              "calibration_error": evaluation.calibration_error,
+              "class_accuracy": dict(zip(evaluation.class_names, evaluation.class_accuracy.tolist(), strict=True))}
     if not arguments.json:
-        print(f"test accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}, {result['images']:,} images")
+        print(f"test accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}, calibration error "
+              f"{result['calibration_error']:.2%}, {result['images']:,} images")
         for name, accuracy in result["class_accuracy"].items():
             print(f"{name:>16}: {accuracy:.1%}")
     return result
@@ -184,31 +184,58 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _predict(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     "Classify image files with a run's model, or with one that comes with the package."
-    import torch
+    from attn_cifar.app import load_classifier
 
-    from attn_cifar.data import normalize, read_image
-    from attn_cifar.models import find_pretrained, load_pretrained
-    from attn_cifar.runs import load_run, read_config
-
-    own, shipped = Path(arguments.model, "config.json").exists(), find_pretrained(arguments.model)
-    if not own and not shipped and not Path(arguments.model).exists():
-        raise InputError(f"{arguments.model} is neither a run folder nor a model that comes with weights, such as attn_tiny")
-    if own or not shipped:
-        run = load_run(arguments.model)
-        model, preprocessing = run.model, run.config["data"]
-    else:
-        model, preprocessing = load_pretrained(arguments.model), read_config(shipped)["data"]
-    results = []
-    for name in arguments.images:
-        image = torch.from_numpy(read_image(name, preprocessing["image_size"]))
-        with torch.no_grad():
-            logits = model(normalize(image[None], preprocessing["mean"], preprocessing["std"]))
-        best = logits.softmax(1)[0].topk(min(arguments.top, logits.shape[1]))
-        classes = [preprocessing["class_names"][i] for i in best.indices]
+    classifier, results = load_classifier(arguments.model), []
+    for name in arguments.images:  # one at a time: a file that cannot be read does not hide the answers before it
+        best = classifier.predict(classifier.read([name])[1])[0].topk(min(arguments.top, len(classifier.class_names)))
+        classes = [classifier.class_names[i] for i in best.indices]
         results.append({"image": name, "predictions": dict(zip(classes, best.values.tolist(), strict=True))})
         if not arguments.json:
             print(f"{name}: " + ", ".join(f"{label} {p:.1%}" for label, p in results[-1]["predictions"].items()))
     return results
+
+
+_COLUMNS = 5  # pictures side by side in a file of explanations
+
+
+def _explain(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    "Draw what a model's predictions for image files rest on, and say whether it can be believed."
+    from dataclasses import asdict
+
+    from attn_cifar.app import explain_images, load_classifier
+    from attn_cifar.visualization import plot_explanations
+
+    classifier, out, results = load_classifier(arguments.model), Path(arguments.out or "explanation.png"), []
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"):
+        raise InputError(f"--out must be a picture: .png, .jpg, .webp, .pdf or .svg, not {out.name}")
+    images = classifier.read(arguments.images)[1]
+    for start in range(0, len(images), _COLUMNS):
+        part, names = images[start : start + _COLUMNS], arguments.images[start : start + _COLUMNS]
+        explanations, judged = explain_images(classifier, part, arguments.layers == "all")
+        path = out if start == 0 else out.with_stem(f"{out.stem}-{start // _COLUMNS + 1}")
+        figure = plot_explanations(explanations, part, classifier, max_layers=len(explanations),
+                                   verdicts=[one.verdict for one in judged])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+        classes = [classifier.class_names[int(target)] for target in explanations[0].targets]
+        results.append({"out": str(path), "classes": dict(zip(names, classes, strict=True)),
+                        "maps": [{**asdict(one), "verdict": one.verdict} for one in judged]})
+        if not arguments.json:
+            for name, label, sure in zip(names, classes, explanations[0].probabilities, strict=True):
+                print(f"{name}: {label} {sure:.1%}")
+            for one in judged:
+                print(f"  {one.method} in {one.layer}: {one.verdict} (deletion {one.deletion:.2f}, insertion {one.insertion:.2f}, "
+                      f"gain {one.gain:+.2f} ± {one.error:.2f}, likeness to shuffled weights {one.resemblance:+.2f})")
+            print(path)
+    return results
+
+
+def _app(arguments: argparse.Namespace) -> None:
+    "Open a local page that classifies and explains the pictures dropped on it."
+    from attn_cifar.app import run_app
+
+    run_app(arguments.model, arguments.port)
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, str]:
@@ -241,7 +268,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     run_study(arguments.name, data=arguments.data, out=arguments.out)
 
-# %% ../nbs/08_cli.ipynb #ee1d4d1d
+# %% ../nbs/08_cli.ipynb #f499c131
 _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
@@ -249,6 +276,8 @@ _COMMANDS = {
     "find-lr": (_find_lr, ("--model", "--recipe", "--batch-size", "--seed", "--out", "--device", *_DATA, "--json"), ()),
     "evaluate": (_evaluate, ("--data", "--skip-bad", "--json"), ("run",)),
     "predict": (_predict, ("--json",), ("model", "images")),
+    "explain": (_explain, ("--json",), ("model", "images")),
+    "app": (_app, (), ("model",)),
     "report": (_report, ("--data", "--skip-bad", "--json"), ("run",)),
     "models": (_models, ("--json",), ()),
     "study": (_study, ("--data", "--out"), ("name",)),
@@ -271,6 +300,12 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         for word in words:
             command.add_argument(word, **_WORDS[word])
+        if name == "explain":
+            command.add_argument("-o", "--out", metavar="FILE", help="the picture (default: explanation.png); of more than five "
+                                                                     "images, FILE-2.png and so on")
+            command.add_argument("--layers", choices=("last", "all"), default="last", help="of each method (default: last)")
+        if name == "app":
+            command.add_argument("--port", metavar="N", type=int, default=7860, help="on this machine alone (default: 7860)")
         if name == "predict":
             command.add_argument("--top", metavar="N", type=int, default=3, help="classes to show (default: 3)")
     return parser

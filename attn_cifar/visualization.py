@@ -7,7 +7,7 @@ __all__ = ['COLORS', 'STYLE', 'WIDTH', 'DPI', 'MAX_STORED', 'MAX_ROWS', 'SPLITS'
            'styled', 'new_axes', 'short_name', 'plot_images', 'plot_history', 'plot_schedule', 'plot_lr_find',
            'plot_confusion', 'plot_misclassified', 'plot_explanations', 'overlay', 'plot_network']
 
-# %% ../nbs/06_visualization.ipynb #02386d53
+# %% ../nbs/06_visualization.ipynb #4d94f767
 import functools
 import io
 import textwrap
@@ -22,7 +22,7 @@ from .diagram import draw_network, drawing_height, trace_network
 from .explain import Explanation
 from .state import unwrap
 
-# %% ../nbs/06_visualization.ipynb #d6fb9c78
+# %% ../nbs/06_visualization.ipynb #03deac01
 COLORS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "grey": "#6B7280"}
 STYLE = {
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -92,7 +92,7 @@ def short_name(name: str, length: int = 14) -> str:
     name = name if len(name) <= length else name[: length - 1] + "…"
     return name.replace("$", r"\$") if matplotlib.rcParams["text.parse_math"] else name
 
-# %% ../nbs/06_visualization.ipynb #b6ae492f
+# %% ../nbs/06_visualization.ipynb #3c1c51f3
 MAX_ROWS = 20  # classes shown by `plot_images`
 
 
@@ -138,7 +138,7 @@ def _places(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     places = [(row, column) for row, members in enumerate(rows) for column in range(len(members))]
     return [row for row, _ in places], [column for _, column in places]
 
-# %% ../nbs/06_visualization.ipynb #c5c25b0b
+# %% ../nbs/06_visualization.ipynb #2edb3828
 SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["orange"], "s")}
 
 
@@ -176,7 +176,7 @@ def plot_history(
     panels[1].set_xlabel("epoch")
     return fig
 
-# %% ../nbs/06_visualization.ipynb #0747c5cf
+# %% ../nbs/06_visualization.ipynb #d7442807
 @styled
 def plot_schedule(
     steps,  # a `Run`, its `steps` ("lr" and, if it moves, "momentum", one value a step), or the learning rates alone
@@ -206,7 +206,7 @@ def plot_schedule(
         ax.set_title("Schedule: learning rate and momentum")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #322c7e30
+# %% ../nbs/06_visualization.ipynb #ebbdb40a
 @styled
 def plot_lr_find(
     result,  # an `LRRangeTest`
@@ -244,7 +244,7 @@ def plot_lr_find(
     ax.legend(loc="lower left")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #249e5d78
+# %% ../nbs/06_visualization.ipynb #133def96
 MAX_CELL_TEXT = 20  # classes up to which `plot_confusion` writes numbers
 
 
@@ -278,7 +278,7 @@ def plot_confusion(
     ax.set_title(f"Confusion [% of the true class]: {accuracy:.1f} % correct")
     return ax
 
-# %% ../nbs/06_visualization.ipynb #7dd020a3
+# %% ../nbs/06_visualization.ipynb #afdc9a7c
 @styled
 def plot_misclassified(
     evaluation,  # an `Evaluation` of the test images of `data`
@@ -311,7 +311,7 @@ def plot_misclassified(
         panels[0].text(0.5, 0.5, "no mistakes", ha="center", va="center", transform=panels[0].transAxes)
     return fig
 
-# %% ../nbs/06_visualization.ipynb #cdc2407b
+# %% ../nbs/06_visualization.ipynb #9fd90240
 HEAT = "inferno"  # perceptually uniform, its brightness alone carries the order
 
 
@@ -323,10 +323,11 @@ def plot_explanations(
     labels: Sequence[int] | torch.Tensor | None = None,  # true classes (B,), if known
     max_layers: int = 4,  # rows: the last so many explanations
     max_images: int = 5,  # columns: the first so many images
+    verdicts: Sequence[str] | None = None,  # a word for each explanation, as `check_explanations` finds it
     fig=None,  # matplotlib Figure or SubFigure; None: a new one
 ):
     "Lay explanations over the images: a row for each layer under the images themselves."
-    explanations = list(explanations)[-max_layers:]
+    explanations, verdicts = list(explanations)[-max_layers:], list(verdicts or [])[-max_layers:]
     if not explanations:
         raise InputError("there is no explanation to draw")
     pictures = unnormalize(images[:max_images].detach().float().cpu(), data.mean, data.std).permute(0, 2, 3, 1).numpy()
@@ -340,7 +341,8 @@ def plot_explanations(
     for row, explanation in enumerate(explanations, start=1):
         heat, empty = explanation.upsampled(pictures.shape[1:3]).numpy(), explanation.empty.tolist()
         method = METHOD_NAMES.get(explanation.method, explanation.method)
-        panels[row, 0].set_ylabel(f"{method}\n{explanation.layer}", fontsize=9.5)
+        word = f"\n{verdicts[row - 1]}" if verdicts else ""
+        panels[row, 0].set_ylabel(f"{method}\n{explanation.layer}{word}", fontsize=9.5 if len(explanation.layer) < 16 else 8)
         for column, picture in enumerate(pictures):
             panels[row, column].imshow(overlay(picture, heat[column], empty[column]), interpolation="nearest")
             if empty[column]:
@@ -379,7 +381,7 @@ def _caption(explanation: Explanation, index: int, data: ImageData, labels) -> s
     text = f"{explained}\n{100 * float(explanation.probabilities[index]):.0f} %"
     return text if labels is None else f"{short_name(data.class_names[int(labels[index])], 11)}\n→ {text}"
 
-# %% ../nbs/06_visualization.ipynb #5bdfe2b8
+# %% ../nbs/06_visualization.ipynb #52404d6b
 @styled
 def plot_network(
     model: nn.Module,  # any network that takes images (B, 3, H, W); left as it was
