@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,28 @@ def real_images() -> Path:
     if not folder:
         pytest.skip("ATTN_CIFAR_DATA names no folder of real images")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Start Chromium without a window; tests that need it are skipped, visibly, where there is none."""
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("no Chromium and chromedriver on this machine")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking",
+                 "no-first-run", "disable-component-update", "disable-sync",
+                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chromium = webdriver.Chrome(options=options, service=Service(driver))
+    yield chromium
+    chromium.quit()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browsing import open_page
 
 from attn_cifar.cli import make_parser
 from attn_cifar.data import load_data
@@ -40,46 +41,11 @@ def run_folder(tmp_path_factory) -> Path:
     return run.folder
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Start Chromium without a window; tests that need it are skipped, visibly, where there is none."""
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not binary or not driver:
-        pytest.skip("no Chromium and chromedriver on this machine")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking",
-                 "no-first-run", "disable-component-update", "disable-sync",
-                 f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chromium = webdriver.Chrome(options=options, service=Service(driver))
-    yield chromium
-    chromium.quit()
-
-
-def open_page(browser, path: Path, width: int, scheme: str) -> list[str]:
-    """Open a file in a window of a width, in a light or dark scheme; return the addresses it asked for."""
-    browser.get("about:blank")
-    browser.get_log("performance"), browser.get_log("browser")  # what was before
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get(path.resolve().as_uri())
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_report_opens_from_a_file(browser, run_folder, width, scheme):
     path = run_folder / "report.html"
-    requests = open_page(browser, path, width, scheme)
+    requests = open_page(browser, path.resolve().as_uri(), width, scheme)
     assert requests and requests[0] == path.resolve().as_uri()
     assert all(address.startswith("data:") for address in requests[1:])
     assert browser.get_log("browser") == [], "the console complains"
@@ -107,7 +73,7 @@ def test_report_opens_from_a_file(browser, run_folder, width, scheme):
 def test_report_can_be_walked_with_the_keyboard(browser, run_folder):
     from selenium.webdriver.common.keys import Keys
 
-    open_page(browser, run_folder / "report.html", 1440, "light")
+    open_page(browser, (run_folder / "report.html").resolve().as_uri(), 1440, "light")
 
     def press(key: str) -> str:
         browser.switch_to.active_element.send_keys(key)
