@@ -4,7 +4,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
   'syms': { 'attn_cifar.app': { 'attn_cifar.app.Classifier': ('app.html#classifier', 'attn_cifar/app.py'),
                                 'attn_cifar.app.Classifier.predict': ('app.html#classifier.predict', 'attn_cifar/app.py'),
                                 'attn_cifar.app.Classifier.read': ('app.html#classifier.read', 'attn_cifar/app.py'),
-                                'attn_cifar.app._enlarge': ('app.html#_enlarge', 'attn_cifar/app.py'),
+                                'attn_cifar.app._figure': ('app.html#_figure', 'attn_cifar/app.py'),
                                 'attn_cifar.app.answer': ('app.html#answer', 'attn_cifar/app.py'),
                                 'attn_cifar.app.explain_images': ('app.html#explain_images', 'attn_cifar/app.py'),
                                 'attn_cifar.app.load_classifier': ('app.html#load_classifier', 'attn_cifar/app.py'),

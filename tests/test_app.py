@@ -76,7 +76,7 @@ def test_a_dropped_picture_is_named_and_explained(address, browser, tmp_path, wi
     drop(tmp_path / "dropped.png")
     words = until(lambda: text() if "%" in text() else "")  # before, it counts seconds there
     assert words.startswith(f"{classifier.class_names[int(expected.argmax())]}, {float(expected.max()):.0%}")
-    pictures = "return [...document.querySelectorAll('.grid-wrap img')].filter(i => i.naturalWidth == 256).length"
+    pictures = "return [...document.querySelectorAll('#maps img')].filter(i => i.naturalWidth == 32 && i.alt).length"
     until(lambda: browser.execute_script(pictures) == 4)
     assert browser.execute_script("return document.scrollingElement.scrollWidth") <= width, "it scrolls sideways"
     assert "believable" in browser.execute_script("return document.body.innerText")
