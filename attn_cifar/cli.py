@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #1716dbfb
+# %% ../nbs/08_cli.ipynb #2d0da318
 import argparse
 import json
 import logging
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .data import InputError
 
-# %% ../nbs/08_cli.ipynb #26d9afa0
+# %% ../nbs/08_cli.ipynb #c24fc1d6
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
 
@@ -78,7 +78,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None):
         raise InputError("this run does not say where its images came from: give --data")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
-# %% ../nbs/08_cli.ipynb #48f9171d
+# %% ../nbs/08_cli.ipynb #844d9f46
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     "Train a model, write its run folder and its report."
     import torch
@@ -268,7 +268,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     run_study(arguments.name, data=arguments.data, out=arguments.out)
 
-# %% ../nbs/08_cli.ipynb #f499c131
+# %% ../nbs/08_cli.ipynb #dba1c4a9
 _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
@@ -285,7 +285,7 @@ _COMMANDS = {
 _WORDS = {"run": {"metavar": "RUN", "help": "a run folder, as written by train"},
           "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
           "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-          "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed or lr_finders"}}
+          "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders or explanations"}}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@
 __all__ = ['DEMO_EPOCHS', 'STUDIES', 'summarize_run', 'train_each', 'format_table', 'participation_ratio', 'features_of', 'demo',
            'reproduction', 'store_results', 'run_study']
 
-# %% ../nbs/09_studies.ipynb #be084fde
+# %% ../nbs/09_studies.ipynb #f8493006
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import ImageData, InputError, load_data
+from .explanations import explanations
 from .finders import lr_finders
 from .ladder import ladder
 from .lr_finder import fit_with_suggestion
@@ -25,7 +26,7 @@ from .report import make_report
 from .speed import speed
 from .training import Run, evaluate, load_run
 
-# %% ../nbs/09_studies.ipynb #f656f637
+# %% ../nbs/09_studies.ipynb #ab8bc3f5
 def summarize_run(run: Run) -> dict[str, Any]:
     "Return what a study stores of a run: configuration, multiply-accumulates, every epoch, seconds, last accuracy."
     config = {key: value for key, value in run.config.items() if key != "notes"}
@@ -60,7 +61,7 @@ def format_table(runs: list[Run]) -> str:
                      f"{row['recipe']['max_lr']:8.2g} {row['test_accuracy']:13.2%} {row['seconds']:8.0f}")
     return "\n".join(lines)
 
-# %% ../nbs/09_studies.ipynb #df174a95
+# %% ../nbs/09_studies.ipynb #53d94c9e
 def participation_ratio(features: Tensor) -> float:  # (N, D) -> 1 .. D
     "Count the directions in which features vary, weighted by their variance."
     variances = torch.linalg.svdvals((features - features.mean(0)).double()).square()
@@ -81,7 +82,7 @@ def features_of(
         hook.remove()
     return torch.cat(found)
 
-# %% ../nbs/09_studies.ipynb #2223f357
+# %% ../nbs/09_studies.ipynb #6c1479d7
 def demo(data: str = "shapes", out: str = "runs/demo", **_: Any) -> None:
     "Train basic_attn and spatial_attn on the built-in images and write a report of each: `make run`."
     images = load_data(data)
@@ -114,7 +115,7 @@ def store_results(path: str | os.PathLike, study: str, runs: list[Run], **column
 
 
 STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reproduction, "ladder": ladder, "speed": speed,
-                                          "lr_finders": lr_finders}
+                                          "lr_finders": lr_finders, "explanations": explanations}
 
 
 def run_study(
