@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attn_cifar.data import Augmentation, Batches, load_data
+from attn_cifar.data import Augmentation, Batches, load_data, normalize
+from attn_cifar.explain import explain
+from attn_cifar.faithfulness import check_explanations
 from attn_cifar.ladder import evaluate_flipped, picture_attention
 from attn_cifar.lr_finder import find_lr
-from attn_cifar.models import create_model
+from attn_cifar.models import create_model, load_pretrained
 from attn_cifar.training import RECIPES, BatchLoss, Engine, choose_engine, choose_recipe, fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is at hand")
@@ -84,3 +86,13 @@ def test_the_range_test_leaves_the_gpu_as_it_was(data):
     find_lr(model, data, recipe=RECIPE, num_steps=20)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert torch.equal(random, torch.cuda.get_rng_state())
+
+
+def test_explanations_are_those_of_the_cpu(data):
+    images = normalize(torch.as_tensor(data.test_images[:8]), data.mean, data.std)
+    here, there = load_pretrained("attn_tiny"), load_pretrained("attn_tiny").cuda()
+    explained = explain(here, images), explain(there, images.cuda(), explain(here, images)[0].targets)
+    for one, other in zip(*explained, strict=True):
+        assert not other.maps.is_cuda and torch.allclose(one.maps, other.maps, rtol=0, atol=1e-3 * float(one.maps.max()))
+    judged = check_explanations(there, images.cuda(), explained[1], steps=4)
+    assert all(0 <= one.deletion <= 1 and one.error > 0 for one in judged)

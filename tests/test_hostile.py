@@ -336,6 +336,20 @@ def test_a_decompression_bomb_is_refused(tmp_path, side):
         read_image(tmp_path / "bomb.png")
 
 
+def test_a_header_of_fifty_thousand_pixels_a_side_is_refused_before_decoding(tmp_path):
+    png(tmp_path / "small.png", 8, 8)
+    content = bytearray((tmp_path / "small.png").read_bytes())
+    content[16:24] = (50_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (tmp_path / "huge.png").write_bytes(content)
+    for command in (["predict", "attn_tiny"], ["explain", "attn_tiny"]):
+        with in_time():
+            done = subprocess.run([sys.executable, "-m", "attn_cifar", *command, str(tmp_path / "huge.png")], capture_output=True,
+                                  text=True, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        assert "million pixels" in done.stderr or "exceeds limit" in done.stderr
+
+
 def test_links_in_circles_pipes_and_dead_links_do_not_hang(tmp_path, elsewhere):
     folder = photos(tmp_path / "photos")
     (folder / "cat" / "back").symlink_to(folder, target_is_directory=True)

@@ -70,6 +70,31 @@ def test_report_opens_from_a_file(browser, run_folder, width, scheme):
     assert (look["ground"] < 64) == (scheme == "dark")
 
 
+def test_curves_tell_the_value_under_the_pointer(browser, run_folder):
+    from selenium.webdriver import ActionChains
+
+    path = run_folder / "report.html"
+    assert path.stat().st_size < 3_000_000
+    open_page(browser, path.resolve().as_uri(), 1440, "light")
+    strip = browser.find_elements("css selector", ".chart .hit")[0]
+    words = strip.find_element("css selector", "text")
+    assert words.value_of_css_property("visibility") == "hidden"
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", strip)
+    ActionChains(browser).move_to_element(strip.find_element("css selector", "rect")).perform()
+    assert words.value_of_css_property("visibility") == "visible"
+    row = load_run(run_folder).history[0]
+    assert words.text == f"epoch 1: training {row['train_loss']:.4f}, test {row['test_loss']:.4f}"
+
+
+def test_every_map_has_a_verdict(browser, run_folder):
+    open_page(browser, (run_folder / "report.html").resolve().as_uri(), 390, "light")
+    browser.execute_script("document.querySelectorAll('details').forEach(details => details.open = true)")
+    for section in ("grad-cam", "attention-rollout", "gradient-attention", "attention"):
+        cells = browser.find_elements("css selector", f"[aria-labelledby={section}] tbody tr td:last-child")
+        words = {cell.text.partition(":")[0] for cell in cells}
+        assert words and words <= {"believable", "unproven", "misleading", "indifferent", "empty"}, section
+
+
 def test_report_can_be_walked_with_the_keyboard(browser, run_folder):
     from selenium.webdriver.common.keys import Keys
 
@@ -134,6 +159,8 @@ def test_tensorboard_shows_the_run(tensorboard, run_folder):
     assert {"Train loss", "LR", "Acc/Train", "Test loss", "Acc/Test"} <= tags.keys()
     (name, images), = tensorboard("images/tags").items()
     assert {"Train-Images", "Test-Misclassified_Imgs"} <= images.keys()
+    figures = {path.stem for path in (run_folder / "figures").glob("*.png")}
+    assert {f"figures/{figure}" for figure in figures} <= images.keys() and {"grad_cam", "attention", "calibration"} <= figures
     with open(run_folder / "metrics.csv", newline="") as file:
         row = list(csv.DictReader(file))[-1]
     for tag, column in (("Acc/Test", "test_accuracy"), ("Test loss", "test_loss"), ("Acc/Train", "train_accuracy")):
