@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PREFIX', 'undisturbed', 'explicit_attention', 'Attention', 'Watched', 'watch']
 
-# %% ../nbs/05_attention.ipynb #98f24fcd
+# %% ../nbs/05_attention.ipynb #0868e85d
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from .models import record_attention
 
-# %% ../nbs/05_attention.ipynb #0d996763
+# %% ../nbs/05_attention.ipynb #c54827b7
+_changing = threading.RLock()  # one look at a time: hooks and modes are seen by every thread that uses the model
+
+
 @contextlib.contextmanager
 def undisturbed(
     model: nn.Module,  # in any mixture of modes, frozen or not
@@ -27,22 +30,21 @@ def undisturbed(
     accelerators = [] if device.type == "cpu" else [device]
     modes = [(module, module.training) for module in model.modules()]
     with (
+        _changing,
         torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
     ):
         try:
-            model.eval()
+            for module, _ in modes:  # not `model.eval()`: what a network does in a `train` of its own would stay
+                module.training = False
             yield
         finally:
             for module, training in modes:
                 module.training = training
 
-# %% ../nbs/05_attention.ipynb #4f54fb6f
-_changing = threading.RLock()
-
-
+# %% ../nbs/05_attention.ipynb #6035716b
 @contextlib.contextmanager
 def explicit_attention(
     keep: Callable[[Tensor], None],  # is given the weights of every call, (..., T, S)
@@ -76,7 +78,7 @@ def _attend(keep, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fa
     keep(weights)
     return F.dropout(weights, dropout_p) @ value
 
-# %% ../nbs/05_attention.ipynb #c702c4af
+# %% ../nbs/05_attention.ipynb #8ae5915a
 MAX_PREFIX = 8  # tokens that may stand before those of the grid, such as the class token
 
 
@@ -84,7 +86,7 @@ MAX_PREFIX = 8  # tokens that may stand before those of the grid, such as the cl
 class Attention:
     "Hold one attention over the positions of a grid."
     layer: str  # name of its module; a module called twice is `name`, then `name call 2`
-    weights: Tensor  # (B, heads, T, T): row i says how token i shares out its attention
+    weights: Tensor  # (B, T, T) or (B, heads, T, T), as computed: row i says how token i shares out its attention
     grid: tuple[int, int]  # rows and columns of positions
     prefix: int  # tokens before those of the grid: T = prefix + rows * columns
     reads: str | None  # name of the layer whose output it was given, where that was traced
@@ -95,7 +97,8 @@ class Watched:
     "Hold what was seen of a forward pass."
     outputs: dict[str, object] = field(default_factory=dict)  # of the layers kept, in the order in which they ran
     attention: list[Attention] = field(default_factory=list)
-    maps: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows and columns of every output (B, C, rows, columns)
+    maps: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows and columns of each module with convolutions, in order
+    closed: bool = False  # what runs from now on is not noted: a backward pass may run parts of the network again
 
     def find_grid(
         self,
@@ -120,23 +123,30 @@ def watch(
     trace: bool = False,  # find out which layer's output each attention reads: keeps every token sequence in memory
 ) -> Iterator[Watched]:
     "Watch the forward pass of `model` through hooks, which are gone afterwards, also after an error."
-    watched, running, images, handles = Watched(), [], [], []
+    watched, running, images, handles, thread = Watched(), [], [], [], threading.get_ident()
     names = {module: name for name, module in model.named_modules()}
     produced: dict[int, tuple[str, Tensor]] = {}  # by id; holding the tensor, so that no other gets the same one
     feeds: dict[str, str] = {}
+    convolving = {module for module in names if any(isinstance(part, nn.Conv2d) for part in module.modules())}
+
+    def elsewhere(module: nn.Module) -> bool:
+        return threading.get_ident() != thread or module not in names  # a replica that DataParallel made
 
     def note(weights: Tensor, layer: str) -> None:
+        if watched.closed or weights.dim() not in (3, 4) or not images:
+            return
         tokens, batch = weights.shape[-1], len(images[0])
         found = watched.find_grid(tokens, images[0].shape[-2] / images[0].shape[-1])
         if weights.shape[-2] != tokens or len(weights) != batch or found is None or tokens < 2:
             return  # from some tokens to others, in windows, or without places
         calls = sum(one.layer.split(" call ")[0] == layer for one in watched.attention)
         reads = next((feeds[name] for name in reversed(running) if name in feeds), None)
-        weights = weights[:, None] if weights.dim() == 3 else weights
         watched.attention.append(Attention(layer if not calls else f"{layer} call {calls + 1}", weights, *found, reads))
 
     def enter(module: nn.Module, inputs: tuple) -> None:
-        if not running:
+        if elsewhere(module):
+            return
+        if not running and inputs:
             images[:] = inputs[:1]
         running.append(names[module])
         feeds.pop(running[-1], None)
@@ -144,32 +154,34 @@ def watch(
             feeds[running[-1]] = produced[id(inputs[0])][0]
 
     def leave(module: nn.Module, inputs: tuple, output: object) -> object:
+        if elsewhere(module):
+            return None
         name = running[-1]
         if recorded.get(name):
             weights = recorded[name].pop()
-            if inputs[0].dim() > 2:  # otherwise its channels attend
+            if not inputs or inputs[0].dim() > 2:  # otherwise its channels attend
                 note(weights, name)
         running.pop()
         if not isinstance(output, Tensor):
-            if name in keep:
+            if name in keep and not watched.closed:
                 watched.outputs[name] = output
-            return output
-        if output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
+            return None
+        if module in convolving and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
             watched.maps.pop(name, None)
             watched.maps[name] = tuple(output.shape[2:])
         if trace and output.dim() == 3:
             produced[id(output)] = name, output
         if name not in keep:
-            return output
-        watched.outputs.pop(name, None)
-        watched.outputs[name] = output
+            return None
+        if not watched.closed:
+            watched.outputs.pop(name, None)
+            watched.outputs[name] = output
         return output.clone()
 
-    try:
+    with _changing, contextlib.ExitStack() as opened:
+        opened.callback(lambda: [handle.remove() for handle in handles])
         for module in names:
             handles += module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
-        with record_attention(model) as recorded, explicit_attention(lambda weights: note(weights, running[-1])):
-            yield watched
-    finally:
-        for handle in handles:
-            handle.remove()
+        recorded = opened.enter_context(record_attention(model))
+        opened.enter_context(explicit_attention(lambda weights: note(weights, running[-1] if running else "")))
+        yield watched

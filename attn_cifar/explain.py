@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_LAYERS', 'METHODS', 'PORTION', 'Explanation', 'prepare_images', 'convolution_layers', 'explain']
 
-# %% ../nbs/05_explain.ipynb #b66a5f10
+# %% ../nbs/05_explain.ipynb #aeb7554d
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,7 +18,7 @@ from .attention import Attention, Watched, undisturbed, watch
 from .data import InputError
 from .state import unwrap
 
-# %% ../nbs/05_explain.ipynb #d906cf50
+# %% ../nbs/05_explain.ipynb #c10feb5b
 @dataclass(frozen=True, eq=False)
 class Explanation:
     "Hold what one method says about one layer: a map for each image, at the resolution of the layer."
@@ -41,12 +41,13 @@ class Explanation:
     ) -> torch.Tensor:
         "Resize the maps bilinearly and stretch each to 0..1, float32 (B, height, width); empty maps become all zero."
         size = (size, size) if isinstance(size, int) else tuple(size)
-        large = F.interpolate(self.maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+        smaller = size[0] < self.maps.shape[1] or size[1] < self.maps.shape[2]  # every cell counts, then
+        large = F.interpolate(self.maps[:, None], size=size, mode="bilinear", align_corners=False, antialias=smaller)[:, 0]
         low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
-        stretched = (large - low) / (high - low)
+        stretched = (large - low) / (high - low).clamp(min=torch.finfo(large.dtype).tiny)
         return torch.where(self.empty[:, None, None], torch.zeros_like(large), stretched)
 
-# %% ../nbs/05_explain.ipynb #ec176401
+# %% ../nbs/05_explain.ipynb #c38d51d7
 def prepare_images(
     model: nn.Module,
     images: Tensor,  # float (B, 3, H, W), normalised
@@ -62,23 +63,31 @@ def prepare_images(
 
 def _choose(targets: int | Sequence[int] | Tensor, images: int, classes: int) -> Tensor:
     "Return one target for each image, int64 (B,)."
-    chosen = torch.as_tensor(targets).reshape(-1).long()
+    try:
+        chosen = torch.as_tensor(targets).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"targets must be numbers of classes, 0..{classes - 1}; got {targets}") from error
+    if chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise InputError(f"targets must be whole numbers, 0..{classes - 1}; got {targets}")
+    chosen = chosen.long()
     if len(chosen) not in (1, images):
         raise InputError(f"{len(chosen)} targets for {images} images: give one target, or one for each image")
     if chosen.min() < 0 or chosen.max() >= classes:
         raise InputError(f"targets must lie in 0..{classes - 1}, the classes of the model; got {targets}")
     return chosen.expand(images).clone()
 
-# %% ../nbs/05_explain.ipynb #77c79f79
-def _as_map(output: Tensor, watched: Watched, aspect: float) -> Tensor | None:
-    "Return a layer's output as (B, C, h, w), tokens on their grid; None where it has no places."
-    if output.dim() == 4:
-        return output
-    found = watched.find_grid(output.shape[1], aspect) if output.dim() == 3 else None
-    if found is None:
+# %% ../nbs/05_explain.ipynb #2d9af0aa
+def _as_map(output: Tensor, name: str, watched: Watched, images: Tensor) -> Tensor | None:
+    "Return a layer's output as (B, C, h, w), tokens on their grid; None where it has no places, or not an entry for each image."
+    aspect = images.shape[2] / images.shape[3]
+    if output.dim() not in (3, 4) or len(output) != len(images):
         return None
-    grid, prefix = found
-    return output[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    if output.dim() == 3:
+        found = watched.find_grid(output.shape[1], aspect)
+        return None if found is None else output[:, found[1]:].transpose(1, 2).unflatten(2, found[0])
+    if name in watched.maps or round(output.shape[3] * aspect) == output.shape[2]:
+        return output
+    return output.permute(0, 3, 1, 2) if round(output.shape[2] * aspect) == output.shape[1] else None  # channels last
 
 
 def _grad_cam(output: Tensor, gradient: Tensor | None) -> Tensor:
@@ -87,7 +96,7 @@ def _grad_cam(output: Tensor, gradient: Tensor | None) -> Tensor:
         return torch.zeros_like(output[:, 0])
     return (gradient.float().mean((2, 3), keepdim=True) * output.detach().float()).sum(1).relu()
 
-# %% ../nbs/05_explain.ipynb #4989666d
+# %% ../nbs/05_explain.ipynb #00607438
 def convolution_layers(
     model: nn.Module,  # any network
 ) -> list[str]:
@@ -101,48 +110,58 @@ def convolution_layers(
         names += [f"{name}.{inner}" for inner in inside] if opened else [name]
     return names
 
-# %% ../nbs/05_explain.ipynb #1177f907
+# %% ../nbs/05_explain.ipynb #d48e1580
 MAX_LAYERS = 4  # of Grad-CAM by default: the last four
 
 
 def _find_layers(model: nn.Module, watched: Watched) -> list[str]:
-    "Choose layers for Grad-CAM."
+    "Choose layers for Grad-CAM; none where all that was found is the cutting into patches."
     convolutions = set(convolution_layers(model))
     mapped = [name for name in watched.maps if name in convolutions]
     read = list(dict.fromkeys(one.reads for one in watched.attention if one.reads))
-    return (read if read and len(mapped) < 2 else mapped)[-MAX_LAYERS:]
+    if len(mapped) > 1:
+        return mapped[-MAX_LAYERS:]
+    inside = [part for name in mapped for part in model.get_submodule(name).modules() if isinstance(part, nn.Conv2d)]
+    cut = len(inside) == 1 and inside[0].kernel_size == inside[0].stride != (1, 1)
+    return read[-MAX_LAYERS:] or ([] if cut else mapped)
 
-# %% ../nbs/05_explain.ipynb #c10963ef
+# %% ../nbs/05_explain.ipynb #8ccb1011
 def _heads(weights: Tensor) -> Tensor:
     "Return attention weights as float32 (B, heads, T, T)."
     return (weights[:, None] if weights.dim() == 3 else weights).float()
 
 
-def _rollout(attention: Sequence[Attention]) -> Iterator[Tensor]:
+def _read_rows(attention: Sequence[Attention], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    "Return of each layer which rows the classifier reads, bool (T,): those with a gradient in the last layer of as many tokens."
+    last: dict[int, Tensor] = {}
+    for one, gradient in zip(attention, gradients, strict=True):
+        tokens = one.weights.shape[-1]
+        rows = torch.zeros(tokens, dtype=torch.bool) if gradient is None else (_heads(gradient) != 0).any(-1).flatten(0, 1).any(0).cpu()
+        last[tokens] = rows if rows.any() else torch.ones_like(rows)
+    return [last[one.weights.shape[-1]] for one in attention]
+
+
+def _rollout(attention: Sequence[Attention], rows: Sequence[Tensor]) -> Iterator[Tensor]:
     "Give the rollout up to each layer, (B, T); where the number of positions changes, it starts anew."
     flow = None
-    for one in attention:
+    for one, read in zip(attention, rows, strict=True):
         step = _heads(one.weights).mean(1)
         step = (step + torch.eye(step.shape[-1], device=step.device)) / 2
         flow = step if flow is None or flow.shape != step.shape else step @ flow
-        yield _read_out(flow, one.prefix)
+        yield flow[:, read.to(flow.device)].mean(1)
 
 
-def _gradient_attention(attention: Sequence[Attention], gradients: Sequence[Tensor | None]) -> Iterator[Tensor]:
+def _gradient_attention(
+    attention: Sequence[Attention], gradients: Sequence[Tensor | None], rows: Sequence[Tensor]) -> Iterator[Tensor]:
     "Give the gradient-weighted attention up to each layer, (B, T); where the number of positions changes, it starts anew."
     flow = None  # R - I
-    for one, gradient in zip(attention, gradients, strict=True):
+    for one, gradient, read in zip(attention, gradients, rows, strict=True):
         weights = _heads(one.weights)
         step = (weights * (torch.zeros_like(weights) if gradient is None else _heads(gradient))).relu().mean(1)
         flow = step if flow is None or flow.shape != step.shape else flow + step + step @ flow
-        yield _read_out(flow, one.prefix)
+        yield flow[:, read.to(flow.device)].mean(1)
 
-
-def _read_out(flow: Tensor, prefix: int) -> Tensor:
-    "Return what each position contributes to where the classifier reads: (B, T) from (B, T, T)."
-    return flow[:, 0] if prefix else flow.mean(1)
-
-# %% ../nbs/05_explain.ipynb #0d1d45b7
+# %% ../nbs/05_explain.ipynb #68fcd434
 METHODS = "grad_cam", "attention_rollout", "gradient_attention", "attention"
 PORTION = 64  # images in one pass
 
@@ -164,7 +183,7 @@ def explain(
     model = unwrap(model)
     with undisturbed(model):
         images = prepare_images(model, images)
-        plan, classes = _plan(model, images[:1], asked, optional=methods is None)
+        plan, classes = _plan(model, images[:1].repeat(3, 1, 1, 1), asked, optional=methods is None)
         given = None if targets is None else _choose(targets, len(images), classes)
         portions = [_look(model, images[i : i + PORTION], None if given is None else given[i : i + PORTION], plan)
                     for i in range(0, len(images), PORTION)]
@@ -173,18 +192,21 @@ def explain(
             for parts in zip(*portions, strict=True)]
 
 
-def _plan(model: nn.Module, image: Tensor, asked: Mapping[str, Sequence[str] | None],
+def _plan(model: nn.Module, images: Tensor, asked: Mapping[str, Sequence[str] | None],
           optional: bool) -> tuple[dict[str, list[str]], int]:
     "Return the layers of each method and the number of classes; raise `InputError` for a method or layer that cannot be."
     named = list(asked.get("grad_cam") or ())
     _check_names(model, named)
     with watch(model, keep=named, trace=True) as watched:
-        classes = model(image).shape[1]
+        logits = model(images)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"the model must return logits (B, classes) to be explained, not {shape}")
     plan = {}
     for method, names in asked.items():
         if method == "grad_cam":
             for name in named:
-                _check_output(name, watched, image)
+                _check_output(name, watched, images)
             known = named or _find_layers(model, watched)
         else:
             known = [one.layer for one in watched.attention]
@@ -197,7 +219,7 @@ def _plan(model: nn.Module, image: Tensor, asked: Mapping[str, Sequence[str] | N
             raise InputError(f"nothing for {method} was found in this model: {_NEEDS[method == 'grad_cam']}")
     if not plan:
         raise InputError(f"nothing to explain was found in this model: {_NEEDS[True]}")
-    return plan, classes
+    return plan, logits.shape[1]
 
 
 _NEEDS = {True: "pass layers=, names in model.named_modules() of layers whose output has places",
@@ -208,20 +230,24 @@ def _look(model: nn.Module, images: Tensor, targets: Tensor | None, plan: Mappin
     "Explain a portion of images in one forward and one backward pass."
     with watch(model, keep=plan.get("grad_cam", ())) as watched:
         logits = model(images).float()
-    targets = logits.detach().argmax(1) if targets is None else targets.to(logits.device)
-    outputs, attention = watched.outputs, watched.attention
-    weights = [one.weights for one in attention] if "gradient_attention" in plan else []
-    gradients = [None] * (len(outputs) + len(weights))
-    if gradients:  # one sum for all: in evaluation mode no image sees another
-        score = logits.gather(1, targets[:, None]).sum()
-        gradients = torch.autograd.grad(score, [*outputs.values(), *weights], allow_unused=True)
-    found, aspect = {}, images.shape[2] / images.shape[3]
+        watched.closed = True  # still watched, because a network that saves memory runs parts of itself again in the backward pass
+        targets = logits.detach().argmax(1) if targets is None else targets.to(logits.device)
+        outputs, attention = watched.outputs, watched.attention
+        wanted = [*outputs.values(), *(one.weights for one in attention)]
+        known = [tensor for tensor in wanted if tensor.requires_grad]  # not what ran without, or after everything that has one
+        score = logits.gather(1, targets[:, None]).sum()  # one sum for all: in evaluation mode no image sees another
+        found_gradients = iter(torch.autograd.grad(score, known, allow_unused=True) if known and score.requires_grad else
+                               [None] * len(known))
+        gradients = [next(found_gradients) if tensor.requires_grad else None for tensor in wanted]
+    found = {}
     with torch.no_grad():
         for (name, output), gradient in zip(outputs.items(), gradients, strict=False):
-            gradient = None if gradient is None else _as_map(gradient, watched, aspect)
-            found["grad_cam", name] = _grad_cam(_as_map(output, watched, aspect), gradient)
-        flows = {"attention_rollout": _rollout(attention), "attention": (_heads(one.weights).mean((1, 2)) for one in attention),
-                 "gradient_attention": _gradient_attention(attention, gradients[len(outputs):])}
+            gradient = None if gradient is None else _as_map(gradient, name, watched, images)
+            found["grad_cam", name] = _grad_cam(_as_map(output, name, watched, images), gradient)
+        gradients = gradients[len(outputs):]
+        rows = _read_rows(attention, gradients)
+        flows = {"attention_rollout": _rollout(attention, rows), "attention": (_heads(one.weights).mean((1, 2)) for one in attention),
+                 "gradient_attention": _gradient_attention(attention, gradients, rows)}
         for method in (method for method in plan if method != "grad_cam"):
             for one, flow in zip(attention, flows[method], strict=True):
                 found[method, one.layer] = flow[:, one.prefix:].unflatten(1, one.grid)
@@ -239,11 +265,11 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
             raise InputError(f"the model has no layer {name!r}; the nearest names are {near}")
 
 
-def _check_output(name: str, watched: Watched, image: Tensor) -> None:
+def _check_output(name: str, watched: Watched, images: Tensor) -> None:
     "Raise `InputError` unless a layer ran and its output has places."
     if name not in watched.outputs:
         raise InputError(f"layer {name!r} did not run in a forward pass: name one that does")
     output = watched.outputs[name]
-    if not isinstance(output, Tensor) or _as_map(output, watched, image.shape[2] / image.shape[3]) is None:
+    if not isinstance(output, Tensor) or _as_map(output, name, watched, images) is None:
         shape = tuple(getattr(output, "shape", ())) or type(output).__name__
         raise InputError(f"layer {name!r} gives no map (B, C, h, w) or (B, tokens, C) but {shape}: name one that does")

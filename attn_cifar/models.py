@@ -7,7 +7,8 @@ __all__ = ['MODELS', 'RelativePosition', 'Ultimus', 'record_attention', 'conv_bl
            'SimilarityAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'ModelEntry', 'list_models',
            'create_model', 'count_parameters', 'count_macs', 'describe_model', 'find_pretrained', 'load_pretrained']
 
-# %% ../nbs/01_models.ipynb #edfc4c32
+# %% ../nbs/01_models.ipynb #0741ac1d
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .data import InputError
 
-# %% ../nbs/01_models.ipynb #dddc5817
+# %% ../nbs/01_models.ipynb #ec9a1fab
 class RelativePosition(nn.Module):
     "Score how far positions lie apart: a learned number a head for each distance in rows, and one for each in columns."
 
@@ -103,13 +104,25 @@ class Ultimus(nn.Module):
             mixed = mixed.transpose(1, 2).flatten(2)
         return self.out(mixed.squeeze(-1) if x.ndim == 2 else mixed)
 
-# %% ../nbs/01_models.ipynb #b495a7ed
+# %% ../nbs/01_models.ipynb #e0d5eb3a
+class _OfThisThread(list):
+    "Keep what the thread appends that made the list; what another one computes with the same network is not its business."
+
+    def __init__(self):
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def append(self, matrix: Tensor) -> None:
+        if threading.get_ident() == self.thread:
+            super().append(matrix)
+
+
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     "Let every attention of `model` keep its matrices, (B, T, T) or (B, heads, T, T), by module name, one entry a call."
     blocks = {name: module for name, module in model.named_modules() if hasattr(module, "recorded")}
     before = {name: block.recorded for name, block in blocks.items()}
-    maps: dict[str, list[Tensor]] = {name: [] for name in blocks}
+    maps: dict[str, list[Tensor]] = {name: _OfThisThread() for name in blocks}
     try:
         for name, block in blocks.items():
             block.recorded = maps[name]
@@ -118,7 +131,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         for name, block in blocks.items():
             block.recorded = before[name]
 
-# %% ../nbs/01_models.ipynb #f283d6c4
+# %% ../nbs/01_models.ipynb #fce613d7
 def conv_block(in_channels: int, out_channels: int, pool: int = 1) -> nn.Sequential:
     "Return upstream's 3×3 convolution → ReLU → batch normalisation, then a max-pool by `pool`."
     layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(out_channels)]
@@ -151,7 +164,7 @@ class BasicAttention(nn.Module):
             features = features + block(F.layer_norm(features, (48,))) if self.residual else block(features)
         return self.fc1(features)
 
-# %% ../nbs/01_models.ipynb #1b16a9b0
+# %% ../nbs/01_models.ipynb #f9c08831
 class SpatialAttention(nn.Module):
     "The same convolutions and blocks with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
 
@@ -174,7 +187,7 @@ class SpatialAttention(nn.Module):
             tokens = tokens + block(norm(tokens))
         return self.fc1(tokens.mean(1))
 
-# %% ../nbs/01_models.ipynb #8124b148
+# %% ../nbs/01_models.ipynb #ea244d2c
 class SimilarityAttention(nn.Module):
     "Average positions weighted by likeness and distance, without projections: (B, channels, H, W) to the same. No residual."
 
@@ -286,7 +299,7 @@ class HybridAttention(nn.Module):
             features = tokens.transpose(1, 2).unflatten(2, features.shape[2:])
         return self.fc1(self.coarse(features).mean((2, 3)))
 
-# %% ../nbs/01_models.ipynb #e234947d
+# %% ../nbs/01_models.ipynb #8cedabd7
 @dataclass(frozen=True)
 class ModelEntry:
     "Say how a registered model is made, and by which recipe it is trained unless another is asked for."
@@ -358,7 +371,7 @@ def describe_model(name: str) -> dict[str, str | int]:
     return {"name": name, "parameters": count_parameters(model), "macs": count_macs(model), "recipe": MODELS[name].recipe,
             "summary": MODELS[name].summary}
 
-# %% ../nbs/01_models.ipynb #9889daef
+# %% ../nbs/01_models.ipynb #8626ac16
 def find_pretrained(name: str) -> Path | None:
     "Return the folder of a shipped model; None where there is none of that name."
     folder = Path(str(files("attn_cifar"))) / "pretrained" / name
