@@ -168,6 +168,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                    'attn_cifar/faithfulness.py'),
                                          'attn_cifar.faithfulness.Faithfulness.verdict': ( 'faithfulness.html#faithfulness.verdict',
                                                                                            'attn_cifar/faithfulness.py'),
+                                         'attn_cifar.faithfulness._moved': ('faithfulness.html#_moved', 'attn_cifar/faithfulness.py'),
                                          'attn_cifar.faithfulness._score_all': ( 'faithfulness.html#_score_all',
                                                                                  'attn_cifar/faithfulness.py'),
                                          'attn_cifar.faithfulness.blurred': ('faithfulness.html#blurred', 'attn_cifar/faithfulness.py'),

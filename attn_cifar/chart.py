@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['CHART_STYLE', 'round_ticks', 'Chart']
 
-# %% ../nbs/07_chart.ipynb #47ba6fa6
+# %% ../nbs/07_chart.ipynb #8de109cd
 import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# %% ../nbs/07_chart.ipynb #b9c6e257
+# %% ../nbs/07_chart.ipynb #e946e4f4
 def round_ticks(
     low: float,
     high: float,  # more than low
 ) -> list[float]:
     "Return round numbers that span a range: multiples of 1, 2 or 5 times a power of ten."
-    rough = (high - low) / 6
+    rough = max(high - low, 1e-5 * max(abs(low), abs(high)), 1e-9) / 6  # wide enough for numbers to differ in print
     power = 10 ** math.floor(math.log10(rough))
     step = next(size * power for size in (1, 2, 5, 10) if size * power >= 0.999 * rough)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    return [index * step for index in range(first, max(last, first + 1) + 1)]
 
-# %% ../nbs/07_chart.ipynb #51d68a11
+# %% ../nbs/07_chart.ipynb #66ec9872
 CHART_STYLE = """
 .chart { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 auto 1rem; font: 13px system-ui, sans-serif; }
 .chart text { fill: var(--quiet); }
@@ -50,9 +50,8 @@ class Chart:
     @property
     def svg(self) -> str:
         "Return the drawing; all text is escaped."
-        values = [value for line in self.lines.values() for value in line if math.isfinite(value)] or [0.0]
-        room = max(values) - min(values) or abs(max(values)) or 1.0
-        ticks = round_ticks(min(values), min(values) + max(max(values) - min(values), 1e-3 * room))
+        values = [value for line in self.lines.values() for value in line if abs(value) < 1e30] or [0.0]
+        ticks = round_ticks(min(values), max(values))
         wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
         step = wide / max(len(self.epochs), 1)
         x = [_LEFT + (index + 0.5) * step for index in range(len(self.epochs))]
@@ -64,12 +63,12 @@ class Chart:
                  f'<text x="0" y="14">{html.escape(self.title)}</text>']
         for tick in ticks:
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-                         f'<text x="{_LEFT - 6}" y="{y(tick) + 4.5:.1f}" text-anchor="end">{tick:g}</text>')
+                         f'<text x="{_LEFT - 6}" y="{y(tick) + 4.5:.1f}" text-anchor="end">{tick:.5g}</text>')
         for index in sorted({0, len(x) // 2, len(x) - 1} if x else ()):
             parts.append(f'<text class="axis" x="{x[index]:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{self.epochs[index]}</text>')
         parts.append(f'<text class="axis" x="{_LEFT + wide / 2}" y="{_HEIGHT - 5}" text-anchor="middle">epoch</text>')
         for place, (name, line) in enumerate(self.lines.items()):
-            for piece in _pieces([(a, y(value)) if math.isfinite(value) else None for a, value in zip(x, line, strict=True)]):
+            for piece in _pieces([(a, y(value)) if abs(value) < 1e30 else None for a, value in zip(x, line, strict=True)]):
                 points = " ".join(f"{a:.1f},{b:.1f}" for a, b in piece)
                 parts.append(f'<polyline class="line-{place}" points="{points}"/>')
                 if len(piece) == 1:
@@ -85,7 +84,7 @@ class Chart:
         words = f"epoch {self.epochs[index]}: " + ", ".join(
             f"{name} {format(value, self.format) if math.isfinite(value) else value}" for name, value in here.items())
         dots = "".join(f'<circle class="shown mark-{place}" cx="{x:.1f}" cy="{y(value):.1f}" r="4"/>'
-                       for place, value in enumerate(here.values()) if math.isfinite(value))
+                       for place, value in enumerate(here.values()) if abs(value) < 1e30)
         return (f'<g class="hit"><rect x="{x - step / 2:.1f}" y="0" width="{step:.1f}" height="{_HEIGHT}"/>{dots}'
                 f'<text class="shown" x="{_LEFT}" y="{_HEIGHT - 12}">{html.escape(words)}</text></g>')
 

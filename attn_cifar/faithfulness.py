@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['blurred', 'score_maps', 'shuffled_weights', 'rank_correlation', 'Faithfulness', 'check_explanations']
 
-# %% ../nbs/05_faithfulness.ipynb #44eeab97
+# %% ../nbs/05_faithfulness.ipynb #199718fb
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from .attention import undisturbed
 from .data import InputError
-from .explain import Explanation, explain, prepare_images
+from .explain import PORTION, Explanation, explain, prepare_images
 from .state import unwrap
 
-# %% ../nbs/05_faithfulness.ipynb #02043365
+# %% ../nbs/05_faithfulness.ipynb #1437bbe3
 def blurred(
     images: Tensor,  # float (B, C, H, W)
 ) -> Tensor:
@@ -50,25 +50,30 @@ def score_maps(
     deletion, insertion = torch.trapezoid(torch.stack(curves), dim=0) / steps
     return deletion, insertion
 
-# %% ../nbs/05_faithfulness.ipynb #0580cda7
+# %% ../nbs/05_faithfulness.ipynb #e8a41dc6
 def shuffled_weights(
     model: nn.Module,
     images: Tensor,  # float (B, 3, H, W), normalised: what statistics are measured on
     seed: int,
 ) -> nn.Module:
     "Return a copy of a network in evaluation mode with the values of every parameter tensor shuffled."
-    model, generator = copy.deepcopy(unwrap(model)), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    try:
+        model = copy.deepcopy(unwrap(model))
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise InputError(f"the model cannot be copied, so there is none to compare with ({error})") from error
+    generator = torch.Generator().manual_seed(seed)
+    with undisturbed(model), torch.no_grad():
         for parameter in model.parameters():
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
             parameter.copy_(parameter.flatten()[order].view_as(parameter))
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
                 module.reset_running_stats()
-                module.momentum = None  # the mean of all batches, here of one
-        if len(images) > 1 or images.shape[2] * images.shape[3] > 1:
-            model.train()(images)
-    return model.eval()
+                module.momentum, module.training = None, True  # the mean of all batches, here of one
+        model(torch.cat([images, images.flip(3)]))  # two at least, or there is no spread to measure
+    for module in model.modules():
+        module.training = False
+    return model
 
 
 def rank_correlation(
@@ -78,12 +83,15 @@ def rank_correlation(
     "Correlate the ranks of two maps' places, equal values sharing a rank (Spearman); 0 where a map is constant."
     ranks = []
     for maps in (a.flatten(1), b.flatten(1)):
-        greater = torch.stack([(row[:, None] > row).float().mean(1) + (row[:, None] == row).float().mean(1) / 2 for row in maps])
-        ranks.append(greater - greater.mean(1, keepdim=True))
+        rows = []
+        for row in maps:
+            _, place, count = torch.unique(row, return_inverse=True, return_counts=True)
+            rows.append((count.cumsum(0) - (count - 1) / 2)[place])
+        ranks.append(torch.stack(rows) - (maps.shape[1] + 1) / 2)
     product = ranks[0].norm(dim=1) * ranks[1].norm(dim=1)
     return torch.where(product > 1e-6, (ranks[0] * ranks[1]).sum(1) / product.clamp(min=1e-6), torch.zeros_like(product))
 
-# %% ../nbs/05_faithfulness.ipynb #ae36097f
+# %% ../nbs/05_faithfulness.ipynb #735c7eca
 @dataclass(frozen=True)
 class Faithfulness:
     "Say how far the maps of one method at one layer can be believed, over some images."
@@ -91,9 +99,10 @@ class Faithfulness:
     layer: str
     deletion: float  # 0..1, low is good
     insertion: float  # 0..1, high is good
-    gain: float  # insertion - deletion, less that of the same maps with their cells shuffled
-    error: float  # standard deviation of the gain of shuffled maps
+    gain: float  # insertion - deletion, less that of the same maps moved about; nan where there is nothing to measure
+    error: float  # standard error of the gain of moved maps
     resemblance: float  # -1..1, mean rank correlation with the maps of networks with shuffled weights
+    chance: float  # what that correlation reaches by chance, about one time in twenty
     empty: float  # 0..1, the share of empty maps
 
     @property
@@ -101,9 +110,9 @@ class Faithfulness:
         "Return `empty`, `indifferent`, `believable`, `misleading` or `unproven`."
         if self.empty > 0.5:
             return "empty"
-        if self.resemblance > 0.5:
+        if self.resemblance > max(0.5, self.chance):
             return "indifferent"
-        if abs(self.gain) <= 3 * self.error:
+        if not abs(self.gain) > 3 * self.error:  # not measured, too
             return "unproven"
         return "believable" if self.gain > 0 else "misleading"
 
@@ -120,6 +129,8 @@ def check_explanations(
     "Measure whether explanations can be believed, each by deletion, insertion and shuffled weights. Raises `InputError`."
     if not explanations or any(len(one.maps) != len(images) for one in explanations):
         raise InputError(f"these are not the explanations of {len(images)} images")
+    if any(not torch.equal(one.targets, explanations[0].targets) for one in explanations):
+        raise InputError("the explanations are about different classes: check those of one class at a time")
     targets, methods = explanations[0].targets, list(dict.fromkeys(one.method for one in explanations))
     layers = {method: [one.layer for one in explanations if one.method == method] for method in methods}
     again = again or (lambda network, x, classes: explain(network, x, classes, methods, layers))
@@ -131,22 +142,32 @@ def check_explanations(
         for one in explanations:
             resemblance = torch.stack([rank_correlation(one.maps, other[one.method, one.layer]) for other in others]).mean()
             scores = _score_all(model, pixels, one, steps, generator)
-            gains = scores[1] - scores[0]  # (1 + shuffles, B)
-            error = float(gains[1:].var(0).sum().sqrt() / len(images))
+            scores = scores[:, :, scores.isfinite().all(0).all(0)]  # (2, 1 + moves, images that the network has an answer for)
+            gains = scores[1] - scores[0]
+            moves, count = len(gains) - 1, gains.shape[1]
+            error = float((gains[1:].var(0).sum() * (1 + 1 / moves)).sqrt() / max(count, 1))
+            chance = 2 / (len(images) * copies * max(one.maps[0].numel() - 1, 1)) ** 0.5
             found.append(Faithfulness(one.method, one.layer, *scores[:, 0].mean(1).tolist(),
-                                      float((gains[0] - gains[1:].mean(0)).mean()), error, float(resemblance),
+                                      float((gains[0] - gains[1:].mean(0)).mean()), error, float(resemblance), chance,
                                       float(one.empty.float().mean())))
     return found
 
 
 def _score_all(model: nn.Module, images: Tensor, one: Explanation, steps: int, generator: torch.Generator) -> Tensor:
-    "Return deletion and insertion of the maps, then of the maps with their cells shuffled: (2, 1 + shuffles, B) on the CPU."
-    variants, shuffles = [one.maps], max(4, -(-16 // len(images)))  # 16 draws at least tell how much chance does
-    for _ in range(shuffles):
-        order = torch.rand(one.maps.flatten(1).shape, generator=generator).argsort(dim=1)
-        variants.append(one.maps.flatten(1).gather(1, order).view_as(one.maps))
+    "Return deletion and insertion of the maps, then of the maps moved about: (2, 1 + moves, B) on the CPU."
+    moves = max(8, -(-32 // len(images)))  # 32 draws at least tell how much chance does
+    variants = [one.maps, *(torch.stack([_moved(map_, generator) for map_ in one.maps]) for _ in range(moves))]
     targets, scores = one.targets.to(images.device), []
     for maps in variants:
-        large = F.interpolate(maps[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0].to(images.device)
-        scores.append(torch.stack(score_maps(model, images, large.nan_to_num(), targets, steps)).cpu())
+        large = F.interpolate(maps[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+        parts = zip(images.split(PORTION), large.nan_to_num().to(images.device).split(PORTION), targets.split(PORTION), strict=True)
+        scores.append(torch.cat([torch.stack(score_maps(model, *part, steps)) for part in parts], 1).cpu())
     return torch.stack(scores, 1)
+
+
+def _moved(map_: Tensor, generator: torch.Generator) -> Tensor:
+    "Shift a map (h, w) around the edges, turn it, and mirror it, by chance; one that is not square is turned by half turns only."
+    rows, columns, turn, mirror = (int(torch.randint(high, (), generator=generator)) for high in (*map_.shape, 4, 2))
+    map_ = map_.roll((rows, columns), (0, 1))
+    map_ = map_.rot90(turn if map_.shape[0] == map_.shape[1] else 2 * (turn % 2))
+    return map_.flip(1) if mirror else map_
