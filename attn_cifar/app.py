@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Classifier', 'load_classifier', 'explain_images', 'answer', 'make_app', 'run_app']
 
-# %% ../nbs/08_app.ipynb #7767257f
+# %% ../nbs/08_app.ipynb #f0e30727
 import html
 import io
 import os
@@ -26,7 +26,7 @@ from .models import find_pretrained, load_pretrained
 from .page import data_uri
 from .runs import load_run, read_config
 
-# %% ../nbs/08_app.ipynb #f20def42
+# %% ../nbs/08_app.ipynb #6c4407c1
 @dataclass(frozen=True)
 class Classifier:
     "Hold a network with what it needs to be used: preprocessing and class names. Also has what plots ask of a data set."
@@ -71,7 +71,7 @@ def load_classifier(
     data = config["data"]
     return Classifier(config["model"], model, tuple(data["class_names"]), tuple(data["mean"]), tuple(data["std"]), data["image_size"])
 
-# %% ../nbs/08_app.ipynb #1128d785
+# %% ../nbs/08_app.ipynb #86d32019
 def explain_images(
     classifier: Classifier,
     images: Tensor,  # float (B, 3, H, W), normalised
@@ -83,7 +83,7 @@ def explain_images(
         found = list({one.method: one for one in found}.values())
     return found, check_explanations(classifier.model, images, found)
 
-# %% ../nbs/08_app.ipynb #11759482
+# %% ../nbs/08_app.ipynb #2964188c
 _FRAMES = {"grad_cam": "Grad-CAM", "attention_rollout": "Rollout", "gradient_attention": "Gradient × attention"}
 _GRID = "display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: 1rem"
 _IMAGE = "width: 100%; image-rendering: pixelated; border-radius: 4px"
@@ -100,10 +100,10 @@ def answer(
         return None, "", ""
     try:
         pixels, images = classifier.read([path])
+        probabilities = classifier.predict(images)[0]
+        explanations, judged = explain_images(classifier, images)
     except InputError as error:
         return None, "", str(error).replace(str(path), Path(path).name)
-    probabilities = classifier.predict(images)[0]
-    explanations, judged = explain_images(classifier, images)
     figures, sure = [_figure(pixels[0], "What the network sees", f"{classifier.image_size}×{classifier.image_size} pixels")], \
         float(probabilities.max())
     for explanation, one in zip(explanations, judged, strict=True):
@@ -111,7 +111,9 @@ def answer(
         laid = overlay(pixels[0] / 255, heat, bool(explanation.empty[0]))
         figures.append(_figure((255 * laid.clip(0, 1)).round().astype(np.uint8), f"{_FRAMES[one.method]}: {one.verdict}", one.layer))
     name = classifier.class_names[int(probabilities.argmax())]
-    words = f"{name}, {sure:.0%}. Bright is what a map marks as evidence for {name}."
+    with Image.open(path) as picture:
+        frames = " Of its several frames, this is the first." if getattr(picture, "is_animated", False) else ""
+    words = f"{name}, {sure:.0%}.{frames} Bright is what a map marks as evidence for {name}."
     maps = f'<div style="{_GRID}">{"".join(figures)}</div>'
     return dict(zip(classifier.class_names, probabilities.tolist(), strict=True)), maps, words
 

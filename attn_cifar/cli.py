@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../nbs/08_cli.ipynb #2d0da318
+# %% ../nbs/08_cli.ipynb #4f14202a
 import argparse
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
 from .data import InputError
 
-# %% ../nbs/08_cli.ipynb #c24fc1d6
+# %% ../nbs/08_cli.ipynb #9503b636
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
 
@@ -40,6 +40,16 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or len(text) > 18:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, of at most 18 digits, not {text!r}")
     return int(text)
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    "Return what reads a whole number of a range."
+    def read(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text[:12]) <= high):
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text!r}")
+        return int(text)
+
+    return read
 
 
 def _options(*names: str) -> argparse.ArgumentParser:
@@ -78,7 +88,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None):
         raise InputError("this run does not say where its images came from: give --data")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
-# %% ../nbs/08_cli.ipynb #844d9f46
+# %% ../nbs/08_cli.ipynb #bb8891d9
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     "Train a model, write its run folder and its report."
     import torch
@@ -209,6 +219,8 @@ def _explain(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     classifier, out, results = load_classifier(arguments.model), Path(arguments.out or "explanation.png"), []
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"):
         raise InputError(f"--out must be a picture: .png, .jpg, .webp, .pdf or .svg, not {out.name}")
+    if any(out.resolve() == Path(name).resolve() for name in arguments.images):
+        raise InputError(f"{out} is one of the images: name another file with --out")
     images = classifier.read(arguments.images)[1]
     for start in range(0, len(images), _COLUMNS):
         part, names = images[start : start + _COLUMNS], arguments.images[start : start + _COLUMNS]
@@ -219,7 +231,7 @@ def _explain(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         classes = [classifier.class_names[int(target)] for target in explanations[0].targets]
-        results.append({"out": str(path), "classes": dict(zip(names, classes, strict=True)),
+        results.append({"out": str(path), "classes": list(zip(names, classes, strict=True)),
                         "maps": [{**asdict(one), "verdict": one.verdict} for one in judged]})
         if not arguments.json:
             for name, label, sure in zip(names, classes, explanations[0].probabilities, strict=True):
@@ -268,7 +280,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
     run_study(arguments.name, data=arguments.data, out=arguments.out)
 
-# %% ../nbs/08_cli.ipynb #dba1c4a9
+# %% ../nbs/08_cli.ipynb #4910f5d4
 _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
@@ -305,9 +317,9 @@ def make_parser() -> argparse.ArgumentParser:
                                                                      "images, FILE-2.png and so on")
             command.add_argument("--layers", choices=("last", "all"), default="last", help="of each method (default: last)")
         if name == "app":
-            command.add_argument("--port", metavar="N", type=int, default=7860, help="on this machine alone (default: 7860)")
+            command.add_argument("--port", metavar="N", type=_whole(1, 65535), default=7860, help="on this machine alone (default: 7860)")
         if name == "predict":
-            command.add_argument("--top", metavar="N", type=int, default=3, help="classes to show (default: 3)")
+            command.add_argument("--top", metavar="N", type=_whole(1, 10**9), default=3, help="classes to show (default: 3)")
     return parser
 
 

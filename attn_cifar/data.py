@@ -7,13 +7,15 @@ __all__ = ['SHAPE_NAMES', 'ImageData', 'cache_folder', 'map_array', 'read_image'
 
 # %% ../nbs/00_data.ipynb #fc4d82ae
 import colorsys
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,6 +241,14 @@ def _decode(path: Path, size: int) -> tuple[np.ndarray, bool]:
         return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if resized else image), resized
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    "Leave out PIL's warnings of damaged descriptions, line by line: what cannot be decoded raises."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def read_image(
     path: str | os.PathLike,  # of any format, size and mode that PIL reads
     size: int = 32,  # side in pixels of the result
@@ -249,10 +259,12 @@ def read_image(
     if not Path(path).is_file():  # a pipe would be waited for
         raise InputError(f"there is no file {path}")
     try:
-        picture, _ = _decode(Path(path), size)
-        with Image.open(path) as image:
-            if getattr(image, "is_animated", False):
-                _log.warning("%s has several frames: the first is used", path)
+        with _quietly():
+            picture, _ = _decode(Path(path), size)
+            with Image.open(path) as image:
+                several = getattr(image, "is_animated", False)
+        if several:
+            _log.warning("%s has several frames: the first is used", path)
         return picture
     except Exception as error:  # PIL raises many kinds for a broken file
         raise InputError(f"{path} is not a readable image ({error})") from error
@@ -269,7 +281,7 @@ def _decode_all(files: dict[str, list[Path]], class_names: tuple[str, ...], size
             return error
 
     jobs = [(path, class_names.index(name)) for name, paths in files.items() for path in paths]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with _quietly(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(tqdm(pool.map(attempt, [path for path, _ in jobs]), total=len(jobs), desc=f"reading {what} images",
                             unit="img", disable=None, leave=False))
     bad = [(path, result) for (path, _), result in zip(jobs, results, strict=True) if isinstance(result, Exception)]

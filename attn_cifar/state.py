@@ -27,9 +27,9 @@ from .processes import ALONE, Processes
 
 # %% ../nbs/02_state.ipynb #cbd22d8d
 def unwrap(model: nn.Module) -> nn.Module:
-    "Return the module inside `torch.compile` and `DistributedDataParallel` wrappers."
+    "Return the module inside `torch.compile`, `DistributedDataParallel` and `DataParallel` wrappers."
     while inner := getattr(model, "_orig_mod", None) or (
-            model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None):
+            model.module if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) else None):
         model = inner
     return model
 
