@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_SIDE', 'PAGE_STYLE', 'PAGE', 'Picture', 'embed_image', 'data_uri', 'Table', 'Section', 'render_page', 'percent']
 
-# %% ../nbs/07_page.ipynb #93865d66
+# %% ../nbs/07_page.ipynb #ec845a85
 import base64
 import io
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .chart import CHART_STYLE, Chart
 
-# %% ../nbs/07_page.ipynb #2b91660a
+# %% ../nbs/07_page.ipynb #7d66f775
 MAX_SIDE = 96  # pixels: larger images are shown smaller
 
 
@@ -51,7 +51,7 @@ def data_uri(
     "Return an image file as an address which contains it."
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
-# %% ../nbs/07_page.ipynb #3231dca3
+# %% ../nbs/07_page.ipynb #f4f962ed
 @dataclass
 class Table:
     "Hold a table: the first column names the rows; a float in 0..1 becomes a bar with its percentage."
@@ -77,7 +77,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
     code: list[tuple[str, str]] = field(default_factory=list)  # label and text
 
-# %% ../nbs/07_page.ipynb #d6258a6d
+# %% ../nbs/07_page.ipynb #bffb001e
 PAGE_STYLE = """
 :root { color-scheme: light dark; --ground: #f4f5f7; --card: #fff; --text: #1f2328; --quiet: #59626e; --line: #dfe3e8;
   --accent: #00619a; --strong: #b54708; --bar: #7fb8dc; }
@@ -106,7 +106,7 @@ section > p { margin: 0 0 1rem; color: var(--quiet); max-width: 46rem; overflow-
 section > :last-child { margin-bottom: 0; }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-top: .25rem; font-size: .8125rem; line-height: 1.35; overflow-wrap: anywhere; }
-figcaption span { display: block; color: var(--quiet); }
+figcaption span { display: block; color: var(--quiet); hyphens: auto; }
 figcaption span:first-child { color: var(--text); }
 img { display: block; width: 100%; height: auto; border-radius: 3px; }
 .pixels { image-rendering: pixelated; }
@@ -165,7 +165,7 @@ footer { margin-top: 1.25rem; color: var(--quiet); font-size: .875rem; overflow-
 @media print { nav { display: none; } section { break-inside: avoid; } body { background: #fff; } }
 """
 
-# %% ../nbs/07_page.ipynb #e0cc3bed
+# %% ../nbs/07_page.ipynb #f0975f06
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -263,7 +263,7 @@ PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# %% ../nbs/07_page.ipynb #212e9f74
+# %% ../nbs/07_page.ipynb #7ef798f2
 def render_page(
     title: str,
     subtitle: str,

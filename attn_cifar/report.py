@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUDGED', 'SECTIONS', 'choose_explained', 'make_report']
 
-# %% ../nbs/07_report.ipynb #6c7e44ba
+# %% ../nbs/07_report.ipynb #e31a72f5
 import math
 import os
 import warnings
@@ -31,7 +31,7 @@ from .visualization import (
     DPI, METHOD_NAMES, overlay, plot_confusion, plot_explanations, plot_history, plot_images, plot_lr_find,
     plot_misclassified, plot_network, plot_schedule)
 
-# %% ../nbs/07_report.ipynb #f0080622
+# %% ../nbs/07_report.ipynb #287908b6
 def _write(path: Path, content: bytes) -> None:
     "Write a file atomically."
     with replacing(path) as beside:
@@ -66,7 +66,7 @@ def _range_result(run: Run) -> LRRangeTest:
         raise InputError("the run folder holds no lr_find.json")
     return LRRangeTest.load(run.folder / "lr_find.json")
 
-# %% ../nbs/07_report.ipynb #4f10403e
+# %% ../nbs/07_report.ipynb #e2da714f
 def _overview(run: Run, data: ImageData) -> Section:
     evaluation, config, images = _stored(run), run.config, run.config["data"]
     size, seconds = images["image_size"], sum(row["seconds"] for row in run.history)
@@ -161,7 +161,7 @@ def _calibration(run: Run, data: ImageData) -> Section:
     return Section("calibration", "Calibration", text, plots=[_plot(run, "calibration", alt, plot_calibration, evaluation)],
                    tables=[Table(("Probability", "Images", "Mean", "Right"), rows, "The ranges in numbers", folded=True)])
 
-# %% ../nbs/07_report.ipynb #e49de3a0
+# %% ../nbs/07_report.ipynb #ba25bb8a
 def _training_images(run: Run, data: ImageData) -> Section:
     "Show five images of each class, as `plot_images` does."
     augmentation, rng = Augmentation(**run.config["recipe"]["augmentation"]), np.random.default_rng(0)
@@ -240,7 +240,7 @@ def _remake(run: Run, data: ImageData) -> Section:
             ("In Python", remake_python(run))]
     return Section("remake", "Make it again", text, wide=True, code=[(label, words) for label, words in code if words])
 
-# %% ../nbs/07_report.ipynb #99bb4de8
+# %% ../nbs/07_report.ipynb #36740ee0
 def _mistakes(run: Run, data: ImageData) -> Section:
     evaluation = _stored(run)
     chosen, wrong = evaluation.misclassified[:20].tolist(), len(evaluation.misclassified)
@@ -254,7 +254,7 @@ def _mistakes(run: Run, data: ImageData) -> Section:
         f" These are the {len(chosen)} on which the network was surest: true class → predicted class." if chosen else "")
     return Section("mistakes", "Mistakes", text, wide=True, gallery=gallery)
 
-# %% ../nbs/07_report.ipynb #8a89fb85
+# %% ../nbs/07_report.ipynb #3119f85a
 def choose_explained(
     evaluation: Evaluation,
     count: int = 5,
@@ -309,7 +309,7 @@ def _explanations(run: Run, data: ImageData, method: str) -> Section:
                                   for explanation, one in zip(maps, judged, strict=True))]
     rows = [(one.layer, f"{one.deletion:.2f}", f"{one.insertion:.2f}", f"{one.gain:+.2f} ± {one.error:.2f}",
              f"{one.resemblance:+.2f}", f"{one.verdict}: {_VERDICTS[one.verdict]}") for one in judged]
-    head = "Layer", "Deletion", "Insertion", "Gain over shuffled maps", "Likeness to shuffled weights", "Verdict"
+    head = "Layer", "Deletion", "Insertion", "Gain over moved maps", "Likeness to shuffled weights", "Verdict"
     table = Table(head, rows, f"Can they be believed? Measured on {len(every)} images", folded=True)
     return Section(method.replace("_", "-"), title, text + legend + note, strips=strips, tables=[table])
 
@@ -324,7 +324,7 @@ def _overlays(explanation: Explanation, pixels: np.ndarray, names: list[str]) ->
 
 _EXPLANATIONS = [partial(_explanations, method=method) for method in METHODS]
 
-# %% ../nbs/07_report.ipynb #785bb571
+# %% ../nbs/07_report.ipynb #300811e2
 SECTIONS = (_overview, _training_images, _curves, _confusion, _classes, _pairs, _calibration, _mistakes, *_EXPLANATIONS,
             _schedule, _range_test, _network, _environment, _remake)
 
