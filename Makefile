@@ -9,7 +9,7 @@ RUFF += --extend-exclude _modidx.py --ignore E402,W292,B018,B905 \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
-.PHONY: run test bench export readme clean
+.PHONY: run test bench docs export readme clean
 
 run: .venv/.installed
 	@$(BIN)/python -m attn_cifar study demo
@@ -27,6 +27,10 @@ bench: .venv-bench/.installed
 
 export: .venv/.installed-dev
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+# The book: _docs/index.html.
+docs: .venv/.installed-docs
+	@$(BIN)/python .github/site.py
 
 readme: .venv/.installed-dev
 	@$(BIN)/python .github/readme.py
@@ -52,3 +56,6 @@ $(BIN)/pip:
 .venv/.installed-dev: settings.ini setup.py | $(BIN)/pip
 	@echo "installing into .venv: minutes, and gigabytes unless torch is the CPU-only one (see README)"
 	@$(BIN)/python -m pip install -q --use-pep517 -e '.[dev]' && touch .venv/.installed $@
+
+.venv/.installed-docs: settings.ini setup.py | $(BIN)/pip
+	@$(BIN)/python -m pip install -q --use-pep517 -e '.[docs]' && touch .venv/.installed $@
