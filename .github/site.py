@@ -175,7 +175,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_source(Path(folder))
         shutil.rmtree(OUT, ignore_errors=True)
-        done = subprocess.run([sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", folder, str(OUT)])
+        command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", folder, str(OUT)]
+        done = subprocess.run(command)
     shutil.rmtree(OUT / ".doctrees", ignore_errors=True)
     dead = dead_links(OUT)
     print("\n".join(f"dead link in {link}" for link in dead) or f"open {(OUT / 'index.html').relative_to(ROOT)}")

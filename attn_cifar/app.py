@@ -68,8 +68,8 @@ def load_classifier(
         model, config = run.model, run.config
     else:
         model, config = load_pretrained(str(name)), read_config(shipped)
-    data = config["data"]
-    return Classifier(config["model"], model, tuple(data["class_names"]), tuple(data["mean"]), tuple(data["std"]), data["image_size"])
+    names, mean, std = (tuple(config["data"][key]) for key in ("class_names", "mean", "std"))
+    return Classifier(config["model"], model, names, mean, std, config["data"]["image_size"])
 
 # %% ../nbs/08_app.ipynb #86d32019
 def explain_images(
@@ -108,8 +108,8 @@ def answer(
         float(probabilities.max())
     for explanation, one in zip(explanations, judged, strict=True):
         heat = explanation.upsampled(classifier.image_size)[0].numpy()
-        laid = overlay(pixels[0] / 255, heat, bool(explanation.empty[0]))
-        figures.append(_figure((255 * laid.clip(0, 1)).round().astype(np.uint8), f"{_FRAMES[one.method]}: {one.verdict}", one.layer))
+        laid = 255 * overlay(pixels[0] / 255, heat, bool(explanation.empty[0])).clip(0, 1)
+        figures.append(_figure(laid.round().astype(np.uint8), f"{_FRAMES[one.method]}: {one.verdict}", one.layer))
     name = classifier.class_names[int(probabilities.argmax())]
     with Image.open(path) as picture:
         frames = " Of its several frames, this is the first." if getattr(picture, "is_animated", False) else ""
@@ -143,9 +143,9 @@ def make_app(classifier: Classifier) -> Any:  # gradio.Blocks
                 label = gradio.Label(label="Probabilities", num_top_classes=5)
             with gradio.Column(scale=2):
                 maps = gradio.HTML(elem_id="maps")
-        gradio.Markdown("*believable*: taking away what a map marks hurts more than chance; *misleading*: less than what it does not mark; "
-                        "*indifferent*: a network with shuffled weights gives the same map; *unproven*: chance could do it; *empty*: "
-                        "there is nothing in it.")
+        gradio.Markdown("*believable*: taking away what a map marks hurts more than chance; *misleading*: less than what it does "
+                        "not mark; *indifferent*: a network with shuffled weights gives the same map; *unproven*: chance could do "
+                        "it, and with one picture it mostly could; *empty*: there is nothing in it.")
         file.change(lambda path: answer(classifier, path), file, [label, maps, words], concurrency_limit=1, api_name=False)
     return page
 

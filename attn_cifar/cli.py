@@ -237,8 +237,9 @@ def _explain(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for name, label, sure in zip(names, classes, explanations[0].probabilities, strict=True):
                 print(f"{name}: {label} {sure:.1%}")
             for one in judged:
-                print(f"  {one.method} in {one.layer}: {one.verdict} (deletion {one.deletion:.2f}, insertion {one.insertion:.2f}, "
-                      f"gain {one.gain:+.2f} ± {one.error:.2f}, likeness to shuffled weights {one.resemblance:+.2f})")
+                print(f"  {one.method} in {one.layer}: {one.verdict} (deletion {one.deletion:.2f}, insertion "
+                      f"{one.insertion:.2f}, gain {one.gain:+.2f} ± {one.error:.2f}, likeness to shuffled weights "
+                      f"{one.resemblance:+.2f})")
             print(path)
     return results
 
@@ -317,7 +318,8 @@ def make_parser() -> argparse.ArgumentParser:
                                                                      "images, FILE-2.png and so on")
             command.add_argument("--layers", choices=("last", "all"), default="last", help="of each method (default: last)")
         if name == "app":
-            command.add_argument("--port", metavar="N", type=_whole(1, 65535), default=7860, help="on this machine alone (default: 7860)")
+            command.add_argument("--port", metavar="N", type=_whole(1, 65535), default=7860,
+                                 help="on this machine alone (default: 7860)")
         if name == "predict":
             command.add_argument("--top", metavar="N", type=_whole(1, 10**9), default=3, help="classes to show (default: 3)")
     return parser

@@ -136,7 +136,9 @@ def _read_rows(attention: Sequence[Attention], gradients: Sequence[Tensor | None
     last: dict[int, Tensor] = {}
     for one, gradient in zip(attention, gradients, strict=True):
         tokens = one.weights.shape[-1]
-        rows = torch.zeros(tokens, dtype=torch.bool) if gradient is None else (_heads(gradient) != 0).any(-1).flatten(0, 1).any(0).cpu()
+        rows = torch.zeros(tokens, dtype=torch.bool)
+        if gradient is not None:
+            rows = (_heads(gradient) != 0).any(-1).flatten(0, 1).any(0).cpu()
         last[tokens] = rows if rows.any() else torch.ones_like(rows)
     return [last[one.weights.shape[-1]] for one in attention]
 
@@ -170,7 +172,7 @@ def explain(
     model: nn.Module,  # returns logits (B, C); compiled, frozen or in training mode, it stays as it is
     images: Tensor,  # float (B, 3, H, W), normalised
     targets: int | Sequence[int] | Tensor | None = None,  # classes, one or (B,); None: what the model predicts
-    methods: str | Sequence[str] | None = None,  # names in `METHODS`; None: the first three, as far as the model has layers for them
+    methods: str | Sequence[str] | None = None,  # names in `METHODS`; None: the first three, as far as the model allows
     layers: Sequence[str] | Mapping[str, Sequence[str]] | None = None,  # names, or names for each method; None: found
 ) -> list[Explanation]:
     "Explain what `model` says about `images`: by each method, at each layer, a map for each image. Raises `InputError`."
@@ -230,7 +232,7 @@ def _look(model: nn.Module, images: Tensor, targets: Tensor | None, plan: Mappin
     "Explain a portion of images in one forward and one backward pass."
     with watch(model, keep=plan.get("grad_cam", ())) as watched:
         logits = model(images).float()
-        watched.closed = True  # still watched, because a network that saves memory runs parts of itself again in the backward pass
+        watched.closed = True  # but watched: a network that saves memory runs parts of itself again in the backward pass
         targets = logits.detach().argmax(1) if targets is None else targets.to(logits.device)
         outputs, attention = watched.outputs, watched.attention
         wanted = [*outputs.values(), *(one.weights for one in attention)]
@@ -246,7 +248,8 @@ def _look(model: nn.Module, images: Tensor, targets: Tensor | None, plan: Mappin
             found["grad_cam", name] = _grad_cam(_as_map(output, name, watched, images), gradient)
         gradients = gradients[len(outputs):]
         rows = _read_rows(attention, gradients)
-        flows = {"attention_rollout": _rollout(attention, rows), "attention": (_heads(one.weights).mean((1, 2)) for one in attention),
+        flows = {"attention_rollout": _rollout(attention, rows),
+                 "attention": (_heads(one.weights).mean((1, 2)) for one in attention),
                  "gradient_attention": _gradient_attention(attention, gradients, rows)}
         for method in (method for method in plan if method != "grad_cam"):
             for one, flow in zip(attention, flows[method], strict=True):

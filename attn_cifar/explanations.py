@@ -108,9 +108,9 @@ def measure_cost(
                 job()
                 if turn >= 0:
                     found[name].append(time.perf_counter() - started)
+    plain = engines["training, float32"]  # which is how explaining computes
     return [{"name": name, "images": count, "seconds": seconds, "threads": torch.get_num_threads(),
-             "engine": asdict(engines[name]) if name in engines else {"device": fast.device, "precision": "float32", "compile": False}}
-            for name, seconds in found.items()]
+             "engine": asdict(engines.get(name, plain))} for name, seconds in found.items()]
 
 
 def _training(data: ImageData, recipe: Any, engine: Engine) -> Callable[[], Any]:
@@ -175,13 +175,15 @@ def explanations(
     source = load_data(data) if isinstance(data, str) else data
     chosen = source.subset(len(source.class_names), images)
     x, model = normalize(torch.as_tensor(np.array(chosen.test_images)), source.mean, source.std), load_pretrained("attn_tiny")
-    stored = {"study": "explanations", "command": "attn-cifar study explanations", "data": source.name, "machine": describe_machine()}
+    stored = {"study": "explanations", "command": "attn-cifar study explanations", "data": source.name,
+              "machine": describe_machine()}
     path = Path(results)
     if path.exists():  # parts that an earlier call had finished are kept
         earlier = json.loads(path.read_text(encoding="utf-8"))
         stored |= {name: earlier[name] for name in ("judged", "single", "alarms", "cost", "traces")
                    if name in earlier and earlier["data"] == source.name}
-    parts = {"judged": lambda: judge_methods(model, x), "alarms": lambda: count_false_alarms(model, x, alarms), "single": lambda: judge_single(model, x[:single]),
+    parts = {"judged": lambda: judge_methods(model, x), "alarms": lambda: count_false_alarms(model, x, alarms),
+             "single": lambda: judge_single(model, x[:single]),
              "cost": lambda: measure_cost(source, cost), "traces": lambda: trace_explanations(x[:16], times)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, measure in parts.items():

@@ -121,7 +121,7 @@ def check_explanations(
     model: nn.Module,  # returns logits (B, C); compiled, frozen or in training mode, it stays as it is
     images: Tensor,  # the images explained, float (B, 3, H, W), normalised
     explanations: Sequence[Explanation],  # as `explain` returns them
-    again: Callable[[nn.Module, Tensor, Tensor], Sequence[Explanation]] | None = None,  # (model, images, targets); None: `explain`
+    again: Callable[[nn.Module, Tensor, Tensor], Sequence[Explanation]] | None = None,  # model, images, targets; None: `explain`
     steps: int = 8,  # as in `score_maps`
     copies: int = 2,  # networks with shuffled weights
     seed: int = 0,
@@ -160,7 +160,8 @@ def _score_all(model: nn.Module, images: Tensor, one: Explanation, steps: int, g
     targets, scores = one.targets.to(images.device), []
     for maps in variants:
         large = F.interpolate(maps[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-        parts = zip(images.split(PORTION), large.nan_to_num().to(images.device).split(PORTION), targets.split(PORTION), strict=True)
+        large = large.nan_to_num().to(images.device)
+        parts = zip(images.split(PORTION), large.split(PORTION), targets.split(PORTION), strict=True)
         scores.append(torch.cat([torch.stack(score_maps(model, *part, steps)) for part in parts], 1).cpu())
     return torch.stack(scores, 1)
 

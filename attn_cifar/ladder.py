@@ -225,7 +225,7 @@ class _Results:
 def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results: str = "nbs/studies/results/ladder.json",
            seeds: tuple[int, ...] = (0, 1, 2), rungs: Sequence[Rung] = RUNGS, valid: int = VALID,
            parts: Sequence[str] = ("search", "tuned", "final", "rungs", "speed"), **changes: Any) -> None:
-    "Search forms, tune and train the finalists, climb the ladder, measure speed; `changes` are of the recipes. Raises `InputError`."
+    "Search forms, tune and train finalists, climb the ladder, measure speed; `changes` are of the recipes. Raises `InputError`."
     images = load_data(data) if isinstance(data, str) else data
     kept, held_out = _Results(Path(results), images.name, parts), images.split(valid, seed=1)
     _search(kept, images.split(valid, seed=0), changes)

@@ -156,8 +156,8 @@ def _calibration(run: Run, data: ImageData) -> Section:
             for low, high, images, sure, share in calibration_table(evaluation)]
     error = 100 * evaluation.calibration_error
     alt = f"Reliability diagram of {len(rows)} ranges of probability; expected calibration error {error:.1f} points."
-    text = (f"Whether the network is right as often as it says: {error:.1f} points apart on average (expected calibration error). "
-            "Points below the dashed line claim too much.")
+    text = (f"Whether the network is right as often as it says: {error:.1f} points apart on average (expected calibration "
+            "error). Points below the dashed line claim too much.")
     return Section("calibration", "Calibration", text, plots=[_plot(run, "calibration", alt, plot_calibration, evaluation)],
                    tables=[Table(("Probability", "Images", "Mean", "Right"), rows, "The ranges in numbers", folded=True)])
 
@@ -277,7 +277,8 @@ def choose_explained(
 JUDGED = 10  # images whose maps are put to the test, the explained ones among them
 _ANSWERS = {  # what each method shows
     "grad_cam": ("Grad-CAM", "Where a layer holds evidence for the predicted class."),
-    "attention_rollout": ("Attention rollout", "How attention carries each place through all layers up to this one, whatever the class."),
+    "attention_rollout": ("Attention rollout",
+                          "How attention carries each place through all layers up to this one, whatever the class."),
     "gradient_attention": ("Gradient-weighted attention", "The same, as far as it raises the logit of the predicted class."),
     "attention": ("Attention", "How much attention each position receives from all others, layer by layer."),
 }

@@ -20,7 +20,8 @@ DROP = """
 const [name, content] = arguments, bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
 const carried = new DataTransfer();
 carried.items.add(new File([bytes], name, {type: 'image/png'}));
-const input = document.querySelector('input[type=file]'), place = input.closest('button, [aria-dropeffect]') || input.parentElement;
+const input = document.querySelector('input[type=file]');
+const place = input.closest('button, [aria-dropeffect]') || input.parentElement;
 for (const kind of ['dragenter', 'dragover', 'drop'])
   place.dispatchEvent(new DragEvent(kind, {dataTransfer: carried, bubbles: true, cancelable: true}));
 """
@@ -93,7 +94,8 @@ def test_a_dropped_picture_is_named_and_explained(address, browser, tmp_path, wi
 
 def test_nobody_else_can_reach_it(address):
     port = int(address.rsplit(":", 1)[1])
-    others = {found[4][0] for found in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1", "127.0.1.1"}
+    found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+    others = {entry[4][0] for entry in found} - {"127.0.0.1", "127.0.1.1"}
     for other in others:
         with socket.socket() as probe:
             probe.settimeout(5)
