@@ -25,7 +25,7 @@ setup(
     package_data={"attn_cifar": ["py.typed", "pretrained/*/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "app", "docs", "bench")},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "app", "onnx", "docs", "bench")},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )
