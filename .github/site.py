@@ -20,6 +20,7 @@ copyright = {copyright!r}
 extensions = ["myst_nb", "sphinx_copybutton"]
 nb_execution_mode = "off"  # the outputs are those that the notebooks store
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables in outputs
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 html_theme = "sphinx_book_theme"
@@ -33,7 +34,8 @@ html_css_files = ["site.css"]
 STYLE = """
 .bd-article img { height: auto; }
 html[data-theme=dark] .bd-content .cell_output img { background: #fff; border-radius: 4px; }
-.bd-article table { display: block; overflow-x: auto; }
+.bd-article table { display: block; overflow-x: auto; font-size: .875em; }
+.bd-article table td, .bd-article table th { padding: .35rem .5rem; }
 .bd-article :not(pre) > code { overflow-wrap: anywhere; }
 """
 
@@ -53,6 +55,8 @@ def copy_notebook(path: Path, out: Path) -> None:
             continue
         if cell["cell_type"] == "code":
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE)
+            if path.parent.name == "studies":  # an argument, whose code is a click away
+                cell["metadata"]["tags"] = ["hide-input"]
         cell["source"] = source.splitlines(keepends=True)
         kept.append(cell)
     notebook["cells"] = kept
@@ -130,7 +134,10 @@ def write_source(folder: Path) -> None:
         (folder / "api" / f"{module.stem}.md").write_text(api_page(module, origins), encoding="utf-8")
     home = (ROOT / "README.md").read_text(encoding="utf-8")
     home = re.sub(r"\[(`tests/[^\]]+)\]\([^)]*\)", r"\1", home)
-    contents = [("Read it", pages), ("Studies", studies), ("Reference", [f"api/{module.stem}" for module in modules])]
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, folder)
+    contents = [("Read it", pages), ("Studies", studies), ("Reference", [f"api/{module.stem}" for module in modules]),
+                ("Project", ["CONTRIBUTING", "CHANGELOG"])]
     for caption, entries in contents:
         home += "\n```{toctree}\n:hidden:\n:caption: " + caption + "\n" + "\n".join(entries) + "\n```\n"
     (folder / "index.md").write_text(home, encoding="utf-8")
