@@ -132,7 +132,7 @@ def make_app(classifier: Classifier) -> Any:  # gradio.Blocks
     try:
         import gradio
     except ImportError as error:
-        raise InputError('the page needs Gradio: pip install "attn_cifar[app]"') from error
+        raise InputError("the page needs Gradio, which is not installed: pip install gradio") from error
     with gradio.Blocks(title=f"{classifier.name}: drop a picture", analytics_enabled=False) as page:
         gradio.Markdown(f"# {classifier.name}\nDrop a picture. It stays on this machine. The network knows "
                         f"{len(classifier.class_names)} classes: {', '.join(classifier.class_names[:20])}.")

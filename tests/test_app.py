@@ -37,7 +37,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """Start the page in a process of its own, and stop it as a person would."""
-    pytest.importorskip("gradio", reason="the page is an optional extra: pip install attn_cifar[app]")
+    pytest.importorskip("gradio", reason="the page is an optional extra: pip install gradio")
     port, home = free_port(), tmp_path_factory.mktemp("home")
     command = [sys.executable, "-m", "attn_cifar", "app", "attn_tiny", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
