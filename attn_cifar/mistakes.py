@@ -58,7 +58,8 @@ def _interval(share: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.nda
     "Return Wilson's 95 % interval of a share, which stays within 0..1."
     z2 = 1.96**2
     middle, width = share + z2 / (2 * images), 1.96 * np.sqrt(share * (1 - share) / images + z2 / (4 * images**2))
-    return np.maximum((middle - width) / (1 + z2 / images), 0), np.minimum((middle + width) / (1 + z2 / images), 1)
+    low, high = (middle - width) / (1 + z2 / images), (middle + width) / (1 + z2 / images)
+    return np.clip(low, 0, share), np.clip(high, share, 1)  # whatever the rounding
 
 # %% ../nbs/07_mistakes.ipynb #06079afe
 def confused_table(
