@@ -209,9 +209,9 @@ def _predict(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 _COLUMNS = 5  # pictures side by side in a file of explanations
 
 
-def _explain(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _explain(arguments: argparse.Namespace) -> dict[str, Any]:
     "Draw what a model's predictions for image files rest on, and say whether it can be believed."
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from attn_cifar.app import explain_images, load_classifier
     from attn_cifar.visualization import plot_explanations
@@ -222,26 +222,29 @@ def _explain(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if any(out.resolve() == Path(name).resolve() for name in arguments.images):
         raise InputError(f"{out} is one of the images: name another file with --out")
     images = classifier.read(arguments.images)[1]
+    explanations, judged = explain_images(classifier, images, arguments.layers == "all")
+    classes = [classifier.class_names[int(target)] for target in explanations[0].targets]
     for start in range(0, len(images), _COLUMNS):
-        part, names = images[start : start + _COLUMNS], arguments.images[start : start + _COLUMNS]
-        explanations, judged = explain_images(classifier, part, arguments.layers == "all")
+        part = slice(start, start + _COLUMNS)
+        shown = [replace(one, **{name: getattr(one, name)[part] for name in ("maps", "targets", "probabilities")})
+                 for one in explanations]
         path = out if start == 0 else out.with_stem(f"{out.stem}-{start // _COLUMNS + 1}")
-        figure = plot_explanations(explanations, part, classifier, max_layers=len(explanations),
+        figure = plot_explanations(shown, images[part], classifier, max_layers=len(shown),
                                    verdicts=[one.verdict for one in judged])
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
-        classes = [classifier.class_names[int(target)] for target in explanations[0].targets]
-        results.append({"out": str(path), "classes": list(zip(names, classes, strict=True)),
-                        "maps": [{**asdict(one), "verdict": one.verdict} for one in judged]})
-        if not arguments.json:
-            for name, label, sure in zip(names, classes, explanations[0].probabilities, strict=True):
-                print(f"{name}: {label} {sure:.1%}")
-            for one in judged:
-                print(f"  {one.method} in {one.layer}: {one.verdict} (deletion {one.deletion:.2f}, insertion "
-                      f"{one.insertion:.2f}, gain {one.gain:+.2f} ± {one.error:.2f}, likeness to shuffled weights "
-                      f"{one.resemblance:+.2f})")
-            print(path)
-    return results
+        results.append(str(path))
+    if not arguments.json:
+        for name, label, sure in zip(arguments.images, classes, explanations[0].probabilities, strict=True):
+            print(f"{name}: {label} {sure:.1%}")
+        few = ": few to tell a map from chance" if len(images) < 10 else ""
+        print(f"can the maps be believed? measured on {len(images)} image{'s' * (len(images) > 1)}{few}")
+        for one in judged:
+            print(f"  {one.method} in {one.layer}: {one.verdict} (deletion {one.deletion:.3f}, insertion {one.insertion:.3f}, "
+                  f"gain {one.gain:+.3f} ± {one.error:.3f}, likeness to shuffled weights {one.resemblance:+.2f})")
+        print(*results, sep="\n")
+    return {"files": results, "classes": list(zip(arguments.images, classes, strict=True)),
+            "maps": [{**asdict(one), "verdict": one.verdict} for one in judged]}
 
 
 def _app(arguments: argparse.Namespace) -> None:

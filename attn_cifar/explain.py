@@ -173,9 +173,10 @@ def explain(
     images: Tensor,  # float (B, 3, H, W), normalised
     targets: int | Sequence[int] | Tensor | None = None,  # classes, one or (B,); None: what the model predicts
     methods: str | Sequence[str] | None = None,  # names in `METHODS`; None: the first three, as far as the model allows
-    layers: Sequence[str] | Mapping[str, Sequence[str]] | None = None,  # names, or names for each method; None: found
+    layers: str | Sequence[str] | Mapping[str, Sequence[str]] | None = None,  # names, or names for each method; None: found
 ) -> list[Explanation]:
     "Explain what `model` says about `images`: by each method, at each layer, a map for each image. Raises `InputError`."
+    layers = [layers] if isinstance(layers, str) else layers
     named = layers is not None and not isinstance(layers, Mapping)
     chosen = METHODS[: 1 if named else 3] if methods is None else [methods] if isinstance(methods, str) else list(methods)
     unknown = [method for method in chosen if method not in METHODS]

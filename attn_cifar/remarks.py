@@ -85,7 +85,7 @@ def remake_command(
     options = {"data": config["data"]["name"], **({"image-size": size} if size != 32 else {}), "model": config["model"],
                "recipe": recipe, **{name.replace("_", "-"): repr(value) for name, value in changes.items()},
                "max-lr": config["recipe"]["max_lr"],  # by default it would be looked for
-               "seed": config["seed"], "out": run.folder.name}
+               "seed": config["seed"], "out": f"{run.folder.name}-again"}  # not that of the images, by chance
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
     return " \\\n    ".join(["attn-cifar train", *words, *(["--deterministic"] if config["deterministic"] else [])])
 
@@ -99,7 +99,8 @@ def remake_python(
     size = f", image_size={images['image_size']}" if images["image_size"] != 32 else ""
     create = f"create_model({config['model']!r}, {len(images['class_names'])})" if known else \
         f"...  # your {config['model']} with {config['parameters']:,} parameters"
-    exact = {"seed": config["seed"], "deterministic": config["deterministic"], **config["engine"], "out": run.folder.name}
+    exact = {"seed": config["seed"], "deterministic": config["deterministic"], **config["engine"],
+             "out": f"{run.folder.name}-again"}
     first, second = (", ".join(f"{name}={value!r}" for name, value in options.items())
                      for options in ({"recipe": recipe, **changes}, exact))
     return "\n".join([

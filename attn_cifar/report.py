@@ -308,7 +308,7 @@ def _explanations(run: Run, data: ImageData, method: str) -> Section:
     legend = " Under each image its true class → the explained one; bright is the highest value of a map, dark the lowest."
     strips = [("image", shown), *((f"{explanation.layer}: {one.verdict}", _overlays(explanation, pixels, names))
                                   for explanation, one in zip(maps, judged, strict=True))]
-    rows = [(one.layer, one.verdict, f"{one.gain:+.2f} ± {one.error:.2f}", f"{one.deletion:.2f}", f"{one.insertion:.2f}",
+    rows = [(one.layer, one.verdict, f"{one.gain:+.3f} ± {one.error:.3f}", f"{one.deletion:.2f}", f"{one.insertion:.2f}",
              f"{one.resemblance:+.2f}") for one in judged]
     legend += "".join(f" {word.capitalize()}: {_VERDICTS[word]}." for word in dict.fromkeys(one.verdict for one in judged))
     head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Likeness to shuffled weights"
