@@ -180,11 +180,13 @@ def dead_links(site: Path) -> list[str]:
 def main() -> int:
     """Make the site; a warning or a dead link is an error."""
     with tempfile.TemporaryDirectory() as folder:
-        write_source(Path(folder))
-        shutil.rmtree(OUT, ignore_errors=True)
-        command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", folder, str(OUT)]
+        source, made = Path(folder, "source"), Path(folder, "site")  # MyST-NB writes beside the site, too
+        source.mkdir()
+        write_source(source)
+        command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", str(source), str(made)]
         done = subprocess.run(command)
-    shutil.rmtree(OUT / ".doctrees", ignore_errors=True)
+        shutil.rmtree(OUT, ignore_errors=True)
+        shutil.copytree(made, OUT, ignore=shutil.ignore_patterns(".doctrees"))
     dead = dead_links(OUT)
     print("\n".join(f"dead link in {link}" for link in dead) or f"open {(OUT / 'index.html').relative_to(ROOT)}")
     return done.returncode or bool(dead)
