@@ -262,7 +262,8 @@ class HybridAttention(nn.Module):
         num_classes: int = 10,
         channels: int = 48,
         stem: int = 32,  # channels of the first convolution
-        depth: int = 3,  # number of blocks at each resolution
+        depth: int | tuple[int, int] = 3,  # number of blocks at each resolution, or at 16×16 and at 8×8
+        wide: int | None = None,  # channels at 8×8, None: as at 16×16
         attention: str | None = "projected",  # in a block of its own; "similarity": beside convolutions at 8×8; or None
         heads: int = 1,
         head_dim: int = 16,  # numbers after projection, of all heads together
@@ -274,22 +275,25 @@ class HybridAttention(nn.Module):
         super().__init__()
         if attention not in ("projected", "similarity", None):
             raise InputError(f"attention must be projected, similarity or None, not {attention!r}")
-        if beside > depth:
-            raise InputError(f"there are {depth} blocks at 8×8, so attention cannot stand beside {beside}")
-        act = activation()
+        fine, coarse = depth if isinstance(depth, tuple) else (depth, depth)
+        if beside > coarse:
+            raise InputError(f"there are {coarse} blocks at 8×8, so attention cannot stand beside {beside}")
+        act, wide = activation(), wide or channels
         self.stem = nn.Sequential(nn.Conv2d(3, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), act, nn.MaxPool2d(2),
                                   nn.Conv2d(stem, channels, 1, bias=False), nn.BatchNorm2d(channels), act)
-        gates = [ChannelGate(channels) for _ in range(2 * gate)]
-        self.fine = nn.Sequential(*(DepthwiseBlock(channels, act) for _ in range(depth)), *gates[:1], nn.MaxPool2d(2))
+        gates = [ChannelGate(channels), ChannelGate(wide)] if gate else []
+        self.fine = nn.Sequential(*(DepthwiseBlock(channels, act) for _ in range(fine)), *gates[:1], nn.MaxPool2d(2))
+        if wide != channels:
+            self.fine.extend([nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), act])
         self.norm = self.attention = None
         if attention == "projected":
-            self.norm = nn.LayerNorm(channels, elementwise_affine=False)
-            self.attention = Ultimus(channels, head_dim, heads=heads, reach=reach)
+            self.norm = nn.LayerNorm(wide, elementwise_affine=False)
+            self.attention = Ultimus(wide, head_dim, heads=heads, reach=reach)
             nn.init.zeros_(self.attention.out.weight)
-        similar = [SimilarityAttention(channels, heads, reach) for _ in range(beside if attention == "similarity" else 0)]
-        blocks = (DepthwiseBlock(channels, act, similar[i] if i < len(similar) else None) for i in range(depth))
-        self.coarse = nn.Sequential(*blocks, *gates[1:], nn.BatchNorm2d(channels), act)
-        self.fc1 = nn.Linear(channels, num_classes)
+        similar = [SimilarityAttention(wide, heads, reach) for _ in range(beside if attention == "similarity" else 0)]
+        blocks = (DepthwiseBlock(wide, act, similar[i] if i < len(similar) else None) for i in range(coarse))
+        self.coarse = nn.Sequential(*blocks, *gates[1:], nn.BatchNorm2d(wide), act)
+        self.fc1 = nn.Linear(wide, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.fine(self.stem(images))
@@ -319,6 +323,18 @@ MODELS: dict[str, ModelEntry] = {
         "depthwise convolutions, attention without projections beside them"),
     "conv_tiny": ModelEntry(lambda num_classes=10: HybridAttention(
         num_classes, channels=56, stem=16, attention=None, activation=nn.SiLU), "tiny", "its twin without attention"),
+    "attn_small": ModelEntry(lambda num_classes=10: HybridAttention(
+        num_classes, channels=96, stem=32, depth=(4, 6), wide=180, attention="similarity", heads=4, reach=7, activation=nn.SiLU),
+        "small", "the form of attn_tiny with eleven times its parameters"),
+    "conv_small": ModelEntry(lambda num_classes=10: HybridAttention(
+        num_classes, channels=96, stem=32, depth=(4, 6), wide=180, attention=None, activation=nn.SiLU), "small",
+        "its twin without attention"),
+    "attn_base": ModelEntry(lambda num_classes=10: HybridAttention(
+        num_classes, channels=256, stem=64, depth=(4, 12), wide=512, attention="similarity", heads=8, reach=7, beside=4,
+        activation=nn.SiLU), "base", "the same form under 3.8 million parameters"),
+    "conv_base": ModelEntry(lambda num_classes=10: HybridAttention(
+        num_classes, channels=256, stem=64, depth=(4, 12), wide=512, attention=None, activation=nn.SiLU), "base",
+        "its twin without attention"),
 }
 
 
