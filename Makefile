@@ -6,10 +6,12 @@ RUFF := $(BIN)/ruff check --quiet --isolated --target-version py310 --line-lengt
 # Notebooks set up what the next cell uses and end in one line that exports them.
 RUFF += --extend-exclude _modidx.py --ignore E402,W292,B018,B905 \
     --per-file-ignores '*.ipynb:E702' --per-file-ignores '*.ipynb:F811'
+MYPY := $(BIN)/mypy --ignore-missing-imports --disallow-untyped-defs --disallow-incomplete-defs --check-untyped-defs \
+    --no-implicit-reexport --extra-checks --strict-equality --warn-redundant-casts --warn-unreachable
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
-.PHONY: run test bench docs export readme clean
+.PHONY: run test bench docs export readme colab test-colab test-package clean
 
 run: .venv/.installed
 	@$(BIN)/python -m attn_cifar study demo
@@ -18,6 +20,7 @@ run: .venv/.installed
 test: export OMP_NUM_THREADS := 1
 test: .venv/.installed-dev
 	@echo "lint" && $(RUFF) attn_cifar tests nbs setup.py .github
+	@echo "types" && $(MYPY) attn_cifar
 	@echo "notebooks" && $(BIN)/nbdev_test --n_workers 2
 	@echo "tests" && $(BIN)/python -m pytest -q -rs -n 2 tests
 
@@ -35,8 +38,19 @@ docs: .venv/.installed-docs
 readme: .venv/.installed-dev
 	@$(BIN)/python .github/readme.py
 
+# The badge and first cell of every notebook; then all of them as Colab runs them: alone, in order, in a clean environment.
+colab: .venv/.installed-dev
+	@$(BIN)/python .github/colab.py
+
+test-colab:
+	@$(PYTHON) .github/colab.py --try $(if $(DATA),--data $(abspath $(DATA)))
+
+# The wheel and the sdist in a clean environment on each Python that is at hand, one after another.
+test-package:
+	@$(PYTHON) .github/package.py
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find attn_cifar nbs tests .github -name __pycache__ -prune -exec rm -rf {} +
 
 # pip is the last thing venv writes: where ensurepip is missing, the next make tries again.

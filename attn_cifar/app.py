@@ -146,7 +146,8 @@ def make_app(classifier: Classifier) -> Any:  # gradio.Blocks
         gradio.Markdown("*believable*: taking away what a map marks hurts more than chance; *misleading*: less than what it does "
                         "not mark; *indifferent*: a network with shuffled weights gives the same map; *unproven*: chance could "
                         "do it, and with one picture it mostly could; *empty*: there is nothing in it.")
-        file.change(lambda path: answer(classifier, path), file, [label, maps, words], concurrency_limit=1, api_name=False)
+        file.change(lambda path: answer(classifier, path), file, [label, maps, words], concurrency_limit=1,
+                    api_visibility="private")
     return page
 
 

@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def explicit_attention(
     with _changing:
         fused, thread = F.scaled_dot_product_attention, threading.get_ident()
 
-        def attend(*arguments, **options):
+        def attend(*arguments: Any, **options: Any) -> Tensor:
             if threading.get_ident() != thread:
                 return fused(*arguments, **options)
             return _attend(keep, *arguments, **options)
@@ -65,7 +66,8 @@ def explicit_attention(
             F.scaled_dot_product_attention = fused
 
 
-def _attend(keep, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _attend(keep: Callable[[Tensor], None], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     "Do what `scaled_dot_product_attention` does, and show the weights."
     if enable_gqa:  # a key and a value serve several queries
         key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
@@ -123,7 +125,9 @@ def watch(
     trace: bool = False,  # find out which layer's output each attention reads: keeps every token sequence in memory
 ) -> Iterator[Watched]:
     "Watch the forward pass of `model` through hooks, which are gone afterwards, also after an error."
-    watched, running, images, handles, thread = Watched(), [], [], [], threading.get_ident()
+    watched, thread = Watched(), threading.get_ident()
+    running: list[str] = []  # the modules called and not yet left
+    images: list[Tensor] = []  # what went into the network
     names = {module: name for name, module in model.named_modules()}
     produced: dict[int, tuple[str, Tensor]] = {}  # by id; holding the tensor, so that no other gets the same one
     feeds: dict[str, str] = {}
@@ -168,7 +172,7 @@ def watch(
             return None
         if module in convolving and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
             watched.maps.pop(name, None)
-            watched.maps[name] = tuple(output.shape[2:])
+            watched.maps[name] = output.shape[2], output.shape[3]
         if trace and output.dim() == 3:
             produced[id(output)] = name, output
         if name not in keep:
@@ -179,9 +183,9 @@ def watch(
         return output.clone()
 
     with _changing, contextlib.ExitStack() as opened:
-        opened.callback(lambda: [handle.remove() for handle in handles])
         for module in names:
-            handles += module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+            for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave)):
+                opened.callback(handle.remove)
         recorded = opened.enter_context(record_attention(model))
         opened.enter_context(explicit_attention(lambda weights: note(weights, running[-1] if running else "")))
         yield watched

@@ -12,35 +12,41 @@ import mmap
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from albumentations import Compose
+
+    from attn_cifar.data import ImageData
+
 
 class InputError(ValueError):
     "Report something the user can put right: a wrong name, value, file or folder."
 
 # %% ../nbs/00_batches.ipynb #6b6299f6
-def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
     "Shape three numbers so that they broadcast over (B, 3, H, W)."
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
 
 
 def normalize(
     images: Tensor,  # uint8 or float (B, H, W, 3), values 0..255
-    mean: tuple[float, ...],  # of each channel, in 0..1
-    std: tuple[float, ...],  # of each channel, in 0..1
+    mean: Sequence[float],  # of each channel, in 0..1
+    std: Sequence[float],  # of each channel, in 0..1
 ) -> Tensor:
     "Return `(images / 255 - mean) / std` as float (B, 3, H, W) in channels_last order."
     rows = _normalize_rows(images, mean, std)
     return rows.view(images.shape).permute(0, 3, 1, 2)
 
 
-def _normalize_rows(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], out: Tensor | None = None) -> Tensor:
+def _normalize_rows(images: Tensor, mean: Sequence[float], std: Sequence[float], out: Tensor | None = None) -> Tensor:
     "Normalise (B, H, W, 3) to (B, H, W * 3): row by row, since long stretches of memory are fast."
     scale = (1 / (255 * _channels(std, images))).view(-1).repeat(images.shape[2])
     shift = (-_channels(mean, images) / _channels(std, images)).view(-1).repeat(images.shape[2])
@@ -49,8 +55,8 @@ def _normalize_rows(images: Tensor, mean: tuple[float, ...], std: tuple[float, .
 
 def unnormalize(
     batch: Tensor,  # float (B, 3, H, W)
-    mean: tuple[float, ...],  # as given to `normalize`
-    std: tuple[float, ...],  # as given to `normalize`
+    mean: Sequence[float],  # as given to `normalize`
+    std: Sequence[float],  # as given to `normalize`
 ) -> Tensor:
     "Undo `normalize` for display: float (B, 3, H, W), clipped to 0..1."
     return (batch * _channels(std, batch) + _channels(mean, batch)).clamp(0, 1)
@@ -65,6 +71,7 @@ class Augmentation:
     cutout: int = 16  # side of the square in pixels, 0 for none
     cutout_prob: float = 0.5
     flip_prob: float = 0.0  # mirror left and right; upstream does not
+    alternate: bool = False  # mirror each image in every other epoch, instead of by chance (Jordan 2024); of `Batches` alone
 
     def draw(
         self,
@@ -103,7 +110,7 @@ class Augmentation:
             index = turned.to(images.device, non_blocking=True)
             images = images.index_put((index,), _rotate(images.index_select(0, index), drawn["angle"][index]))
         batch = _crop(images, drawn, self.pad, mean, std) if self.pad else normalize(images, mean, std)
-        if self.flip_prob:
+        if self.flip_prob or self.alternate:
             batch = torch.where(drawn["flip"].view(-1, 1, 1, 1), batch.flip(3), batch)
         if self.cutout:
             pixels = batch.permute(0, 2, 3, 1).contiguous().flatten(0, 2)  # (B * H * W, 3)
@@ -160,21 +167,23 @@ def albumentations_pipeline(
     size: tuple[int, int] = (32, 32),  # (H, W) of the images in pixels
     seed: int | None = None,  # of its own random stream
     report: bool = False,  # say what was drawn, as "applied_transforms" beside the image; takes time
-):  # albumentations.Compose
+) -> "Compose":
     "Return `augmentation` as an albumentations pipeline: call it with `image=` uint8 (H, W, 3); it returns float HWC."
+    if augmentation.alternate:
+        raise InputError("albumentations sees an image and no epoch, so its flips cannot alternate: use Batches, or flip_prob")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for a newer version on the network
     import albumentations as A
     import cv2
 
     class Cutout(A.ImageOnlyTransform):  # DeVries and Taylor 2017, with upstream's clipping
-        def get_params_dependent_on_data(self, params, data):
+        def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
             height, width = params["shape"][:2]
             top = max(self.py_random.randrange(height + 1) - augmentation.cutout // 2, 0)
             left = max(self.py_random.randrange(width + 1) - augmentation.cutout // 2, 0)
             return {"top": top, "left": left, "bottom": min(top + augmentation.cutout, height),
                     "right": min(left + augmentation.cutout, width)}
 
-        def apply(self, img, top=0, left=0, bottom=0, right=0, **params):
+        def apply(self, img: np.ndarray, top: int = 0, left: int = 0, bottom: int = 0, right: int = 0, **_: Any) -> np.ndarray:
             img = img.copy()
             img[top:bottom, left:right] = 0
             return img
@@ -202,12 +211,13 @@ class AlbumentationsTransform:
         seed: int = 0,  # of the stream outside worker processes
     ):
         self.augmentation, self.mean, self.std, self.seed = augmentation, mean, std, seed
-        self._pipeline, self._stream = None, None
+        self._pipeline: "Compose | None" = None  # made with the first image
+        self._stream: int | None = None
 
     def __call__(self, image: np.ndarray) -> Tensor:  # uint8 (H, W, 3) -> float (3, H, W)
         worker = torch.utils.data.get_worker_info()
         stream = self.seed if worker is None else worker.seed % 2**32
-        if self._stream != stream:
+        if self._pipeline is None or self._stream != stream:
             self._stream = stream
             self._pipeline = albumentations_pipeline(self.augmentation, self.mean, self.std, image.shape[:2], stream)
         return torch.from_numpy(self._pipeline(image=image)["image"]).permute(2, 0, 1)
@@ -262,7 +272,7 @@ class Batches:
             self.images, self.labels, self.device = torch.as_tensor(images), torch.as_tensor(labels), torch.device(device)
         if self.device.type != "cuda" or self.images.nbytes < torch.cuda.mem_get_info(self.device)[0] / 2:
             self.images, self.labels = self.images.to(self.device), self.labels.to(self.device)  # else a block at a time
-        self.file = _ImageFile(images) if self.images.device.type == "cpu" and _is_read_only_map(images) else None
+        self.file = _ImageFile.behind(images) if self.images.device.type == "cpu" else None
         self.batch_size, self.mean, self.std, self.augmentation = batch_size, mean, std, augmentation
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.rank, self.count = rank, count
@@ -270,15 +280,21 @@ class Batches:
         self._fresh = True  # the next iterator starts at `position`, not with a new epoch
 
     @classmethod
-    def train(cls, data, batch_size: int, augmentation: Augmentation, seed: int = 0, device="cpu", **share: int) -> "Batches":
+    def train(
+        cls, data: "ImageData", batch_size: int, augmentation: Augmentation, seed: int = 0, device: torch.device | str = "cpu",
+        *, rank: int = 0, count: int = 1,
+    ) -> "Batches":
         "Serve the training images of an `ImageData`, or a share of them: shuffled and augmented."
         return cls(data.train_images, data.train_labels, batch_size, mean=data.mean, std=data.std,
-                   augmentation=augmentation, shuffle=True, seed=seed, device=device, **share)
+                   augmentation=augmentation, shuffle=True, seed=seed, device=device, rank=rank, count=count)
 
     @classmethod
-    def test(cls, data, batch_size: int = 500, device="cpu", **share: int) -> "Batches":
+    def test(
+        cls, data: "ImageData", batch_size: int = 500, device: torch.device | str = "cpu", *, rank: int = 0, count: int = 1,
+    ) -> "Batches":
         "Serve the test images of an `ImageData`, or a share of them, in order."
-        return cls(data.test_images, data.test_labels, batch_size, mean=data.mean, std=data.std, device=device, **share)
+        return cls(data.test_images, data.test_labels, batch_size, mean=data.mean, std=data.std, device=device, rank=rank,
+                   count=count)
 
     def __len__(self) -> int:
         return (len(self.labels) if self.drop_last else len(self.labels) + self.batch_size - 1) // self.batch_size
@@ -303,11 +319,16 @@ class Batches:
 
     def _plan(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         "Draw an epoch's order, and what happens to each image, indexed by image."
-        mixed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> 1
-        generator = torch.Generator().manual_seed(int(mixed))
-        count = len(self.labels)
-        drawn = {} if self.augmentation == NO_AUGMENTATION else self.augmentation.draw(count, self.images.shape[1:3], generator)
+        generator, count, (height, width) = self._generator(epoch), len(self.labels), self.images.shape[1:3]
+        drawn = {} if self.augmentation == NO_AUGMENTATION else self.augmentation.draw(count, (height, width), generator)
+        if self.augmentation.alternate:
+            drawn["flip"] = (torch.rand(count, generator=self._generator(2**32 - 1)) < 0.5) ^ bool(epoch % 2)
         return torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count), drawn
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        "Return the random stream of an epoch; that of one which never comes serves the whole run."
+        mixed = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0] >> 1
+        return torch.Generator().manual_seed(int(mixed))
 
     def size(self, position: int) -> int:
         "Return how many images the batch at a position of the epoch has, all shares together."
@@ -322,7 +343,7 @@ class Batches:
         "Return the position: the epoch under way and the batches it has given out."
         return {"seed": self.seed, "epoch": self.epoch, "position": self.position, "fresh": self._fresh}
 
-    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         "Restore what `state_dict` returned."
         self.seed, self.epoch, self.position, self._fresh = (state[key] for key in ("seed", "epoch", "position", "fresh"))
 
@@ -331,24 +352,27 @@ class Batches:
         self._fresh = True
 
 
-def _is_read_only_map(images: np.ndarray | Tensor) -> bool:
-    "Tell whether images are a whole file, mapped so that nothing can be written to them."
-    whole = isinstance(images, np.memmap) and isinstance(images.base, mmap.mmap)
-    return whole and images.mode == "r" and images.flags.c_contiguous
-
-
 class _ImageFile:
     "Read images from the file behind a read-only mapping. Through the mapping, whole megabytes would stay in memory for each."
 
-    def __init__(self, images: np.memmap):  # uint8 (N, H, W, 3)
-        self.shape, self.offset = images.shape[1:], images.offset
-        self.file = open(images.filename, "rb", buffering=0)
+    def __init__(self, path: str | os.PathLike, offset: int, shape: Sequence[int]):
+        self.offset, self.shape = offset, shape  # where the first image begins; of one image: (H, W, 3)
+        self.file = open(path, "rb", buffering=0)
         weakref.finalize(self, self.file.close)
+
+    @classmethod
+    def behind(cls, images: np.ndarray | Tensor) -> "_ImageFile | None":
+        "Return the file that images are a mapping of, whole and such that nothing can be written to it; else None."
+        if not isinstance(images, np.memmap) or images.filename is None:
+            return None
+        base: Any = images.base  # NumPy's hints know arrays only
+        whole = isinstance(base, mmap.mmap) and images.mode == "r" and images.flags.c_contiguous
+        return cls(images.filename, images.offset, images.shape[1:]) if whole else None
 
     def read(self, index: Tensor) -> Tensor:  # int64 (B,) -> uint8 (B, H, W, 3)
         images = torch.empty(len(index), *self.shape, dtype=torch.uint8)
         for place, image in zip(images.flatten(1).numpy(), index.tolist(), strict=True):
             self.file.seek(self.offset + image * place.nbytes)
-            if self.file.readinto(place) != place.nbytes:
+            if self.file.readinto(place.data) != place.nbytes:
                 raise InputError(f"{self.file.name} has become shorter while it was read")
         return images

@@ -8,7 +8,7 @@ __all__ = ['CHART_STYLE', 'round_ticks', 'Chart']
 # %% ../nbs/07_chart.ipynb #8de109cd
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 # %% ../nbs/07_chart.ipynb #e946e4f4
@@ -79,7 +79,7 @@ class Chart:
         parts += [self._hit(index, x[index], step, y) for index in range(len(x))]
         return "".join([*parts, "</svg>"])
 
-    def _hit(self, index: int, x: float, step: float, y) -> str:
+    def _hit(self, index: int, x: float, step: float, y: Callable[[float], float]) -> str:
         "Return what shows the values of one epoch while the pointer is over its strip."
         here = {name: line[index] for name, line in self.lines.items()}
         words = f"epoch {self.epochs[index]}: " + ", ".join(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .data import InputError
+from .data import ImageData, InputError
 
 # %% ../nbs/08_cli.ipynb #9503b636
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +52,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
-def _options(*names: str) -> argparse.ArgumentParser:
+def _options(*names: str) -> _Parser:
     "Return a parent parser with some of the shared options."
     known: dict[str, dict[str, Any]] = {
         "--data": {"metavar": "SOURCE", "help": "cifar10, shapes (built in, no download), or a folder of images: "
@@ -73,13 +73,13 @@ def _options(*names: str) -> argparse.ArgumentParser:
         "--skip-bad": {"action": "store_true", "help": "leave out images that cannot be read, instead of stopping"},
         "--json": {"action": "store_true", "help": "print one JSON value and nothing else"},
     }
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = _Parser(add_help=False)
     for name in names:
         parser.add_argument(name, **known[name])
     return parser
 
 
-def _load(arguments: argparse.Namespace, default: str | None = None):
+def _load(arguments: argparse.Namespace, default: str | None = None) -> ImageData:
     "Load the data set that the options name."
     from attn_cifar.data import load_data
 
@@ -151,7 +151,8 @@ def _find_lr(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out:
         from attn_cifar.visualization import plot_lr_find
 
-        plot_lr_find(found).figure.savefig(arguments.out)
+        figure: Any = plot_lr_find(found).figure
+        figure.savefig(arguments.out)
     if not arguments.json:
         print(f"suggested max_lr: {found.suggestion:.3g}" if found.suggestion else f"no suggestion: {found.reason}")
         if found.low is not None:
@@ -163,7 +164,7 @@ def _find_lr(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(found, name) for name in ("suggestion", "reason", "trusted", "doubt", "low", "high", "points")}
 
 
-def _run_data(arguments: argparse.Namespace, config: dict[str, Any]):
+def _run_data(arguments: argparse.Namespace, config: dict[str, Any]) -> ImageData:
     "Load the images of a run, where it says or `--data` says, and make sure that they have its classes."
     notes = config.get("notes", {})
     arguments.image_size = config["data"]["image_size"]
@@ -180,10 +181,12 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from attn_cifar.training import evaluate, load_run
 
     run = load_run(arguments.run)
-    evaluation = evaluate(run.model, _run_data(arguments, run.config), precision=run.config["engine"]["precision"])
-    result = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "images": len(evaluation.labels),
-              "calibration_error": evaluation.calibration_error,
-              "class_accuracy": dict(zip(evaluation.class_names, evaluation.class_accuracy.tolist(), strict=True))}
+    model, data = run.need_model(), _run_data(arguments, run.config)
+    evaluation = evaluate(model, data, precision=run.config["engine"]["precision"])
+    result: dict[str, Any] = {
+        "accuracy": evaluation.accuracy, "loss": evaluation.loss, "images": len(evaluation.labels),
+        "calibration_error": evaluation.calibration_error,
+        "class_accuracy": dict(zip(evaluation.class_names, evaluation.class_accuracy.tolist(), strict=True))}
     if not arguments.json:
         print(f"test accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f}, calibration error "
               f"{result['calibration_error']:.2%}, {result['images']:,} images")
@@ -298,10 +301,11 @@ _COMMANDS = {
     "models": (_models, ("--json",), ()),
     "study": (_study, ("--data", "--out"), ("name",)),
 }
-_WORDS = {"run": {"metavar": "RUN", "help": "a run folder, as written by train"},
-          "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
-          "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-          "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders or explanations"}}
+_WORDS: dict[str, dict[str, Any]] = {
+    "run": {"metavar": "RUN", "help": "a run folder, as written by train"},
+    "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
+    "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
+    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders or explanations"}}
 
 
 def make_parser() -> argparse.ArgumentParser:

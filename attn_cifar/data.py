@@ -19,12 +19,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attn_cifar.batches import (  # noqa: F401, handed on: one import serves a whole training
-    NO_AUGMENTATION, AlbumentationsTransform, Augmentation, Batches, ImageDataset, InputError, albumentations_pipeline, normalize,
-    unnormalize)
+from .batches import (  # handed on, which `as` says: one import serves a whole training
+    NO_AUGMENTATION as NO_AUGMENTATION, AlbumentationsTransform as AlbumentationsTransform, Augmentation as Augmentation,
+    Batches as Batches, ImageDataset as ImageDataset, InputError as InputError,
+    albumentations_pipeline as albumentations_pipeline, normalize as normalize, unnormalize as unnormalize)
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 _log = logging.getLogger("attn_cifar")
 
@@ -117,9 +122,9 @@ def _cached(key: str, build: Callable[[], ImageData]) -> ImageData:
 
 def _read_entry(entry: Path) -> ImageData:
     "Map an entry of the cache. Raises `FileNotFoundError`, and `ValueError` among others for a damaged one."
-    rest = {key: tuple(value) if isinstance(value, list) else value
-            for key, value in json.loads((entry / "data.json").read_text(encoding="utf-8")).items()}
-    data = ImageData(**{name: map_array(entry / f"{name}.npy") for name in _ARRAYS}, **rest)
+    content: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in
+                               json.loads((entry / "data.json").read_text(encoding="utf-8")).items()}
+    data = ImageData(**content | {name: map_array(entry / f"{name}.npy") for name in _ARRAYS})
     for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or labels.dtype != np.int64:
             raise ValueError("arrays of another kind")
@@ -162,8 +167,9 @@ def _cifar10() -> ImageData:
         check_archive()
         raise InputError(f"CIFAR-10 could not be downloaded ({error}). Put {CIFAR10.filename} into {folder} yourself, "
                          "or use --data shapes (built in) or --data FOLDER (your own images)") from error
-    images_and_labels = [array for part in parts for array in (part.data, np.array(part.targets, dtype=np.int64))]
-    return ImageData(*images_and_labels, tuple(parts[0].classes), _CIFAR10_MEAN, _CIFAR10_STD, "cifar10")
+    train_labels, test_labels = (np.array(part.targets, dtype=np.int64) for part in parts)
+    return ImageData(parts[0].data, train_labels, parts[1].data, test_labels, tuple(parts[0].classes), _CIFAR10_MEAN,
+                     _CIFAR10_STD, "cifar10")
 
 # %% ../nbs/00_data.ipynb #a19bd015
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -213,7 +219,7 @@ def _list_folder(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path
     return train, test
 
 
-def _to_rgb(image):
+def _to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
     "Return a PIL image of any mode as RGB: 16 bits scaled to 8, transparent places white."
     from PIL import Image
 
@@ -236,9 +242,9 @@ def _decode(path: Path, size: int) -> tuple[np.ndarray, bool]:
     with Image.open(path) as image:
         if image.width * image.height > _MOST_PIXELS:  # a small file can say so; PIL itself refuses from 179 million on
             raise ValueError(f"{image.width}×{image.height} is more than {_MOST_PIXELS / 1e6:.0f} million pixels")
-        image = _to_rgb(ImageOps.exif_transpose(image))
-        resized = image.size != (size, size)
-        return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if resized else image), resized
+        rgb = _to_rgb(ImageOps.exif_transpose(image))
+        resized = rgb.size != (size, size)
+        return np.array(ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS) if resized else rgb), resized
 
 
 @contextlib.contextmanager
@@ -270,7 +276,8 @@ def read_image(
         raise InputError(f"{path} is not a readable image ({error})") from error
 
 
-def _decode_all(files: dict[str, list[Path]], class_names: tuple[str, ...], size: int, skip_bad: bool, what: str):
+def _decode_all(files: dict[str, list[Path]], class_names: tuple[str, ...], size: int, skip_bad: bool,
+                what: str) -> tuple[np.ndarray, np.ndarray]:
     "Decode every file in parallel; name the broken ones, or leave them out with `skip_bad`."
     from tqdm import tqdm
 
@@ -347,11 +354,11 @@ def _outlines() -> dict[str, list[np.ndarray]]:
     heart = [16 * np.sin(a) ** 3, 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a) - 13 * np.cos(a)]
     bars = [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]
     arrow = [(0, -1), (.85, -.05), (.32, -.05), (.32, .95), (-.32, .95), (-.32, -.05), (-.85, -.05)]
-    outlines = {"arrow": [arrow], "circle": [.92 * circle], "crescent": [circle, .8 * circle + (.5, 0)],
-                "cross": [np.array(bars) / 3], "heart": [np.stack(heart, 1) / 16],
-                "hourglass": [[(-.78, -.9), (.78, -.9), (-.78, .9), (.78, .9)]], "ring": [circle, .55 * circle],
-                "square": [[(-.76, -.76), (.76, -.76), (.76, .76), (-.76, .76)]],
-                "star": [1.1 * _corners(10, inner=.42)], "triangle": [1.1 * _corners(3) + (0, .12)]}
+    outlines: dict[str, list[Any]] = {
+        "arrow": [arrow], "circle": [.92 * circle], "crescent": [circle, .8 * circle + (.5, 0)], "cross": [np.array(bars) / 3],
+        "heart": [np.stack(heart, 1) / 16], "hourglass": [[(-.78, -.9), (.78, -.9), (-.78, .9), (.78, .9)]],
+        "ring": [circle, .55 * circle], "square": [[(-.76, -.76), (.76, -.76), (.76, .76), (-.76, .76)]],
+        "star": [1.1 * _corners(10, inner=.42)], "triangle": [1.1 * _corners(3) + (0, .12)]}
     return {name: [np.asarray(outline) for outline in parts] for name, parts in outlines.items()}
 
 

@@ -8,14 +8,19 @@ __all__ = ['GLUE', 'PART_COLORS', 'BOX', 'THIN', 'ARROW', 'NetworkPart', 'trace_
 # %% ../nbs/06_diagram.ipynb #9b757f48
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .data import InputError
 from .attention import undisturbed
 from .models import SimilarityAttention, Ultimus
 from .state import unwrap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../nbs/06_diagram.ipynb #512c85bc
 @dataclass(frozen=True)
@@ -36,7 +41,9 @@ def trace_network(
     image_size: int = 32,  # side in pixels
 ) -> list[NetworkPart]:
     "List the parts of `model` in the order in which they run, from a forward pass with one random image."
-    model, calls, handles = unwrap(model), [], []
+    model = unwrap(model)
+    calls: list[list[Any]] = []  # of each: name, module, first tensor in, first tensor out
+    handles: list[RemovableHandle] = []
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.zeros(0))
     try:
         with undisturbed(model), torch.no_grad():
@@ -51,7 +58,9 @@ def trace_network(
         for handle in handles:
             handle.remove()
     calls = [call for call in calls if call[2] is not None and call[3] is not None]
-    counted, times, parts = set(), {}, []
+    counted: set[int] = set()  # ids of parameters
+    times: dict[str, int] = {}
+    parts: list[NetworkPart] = []
     for index, (name, module, before, after) in enumerate(calls):
         fresh = [parameter for parameter in module.parameters() if id(parameter) not in counted]
         counted.update(map(id, fresh))
@@ -75,13 +84,13 @@ def _parts(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     return parts or [(prefix.rstrip("."), model)]
 
 
-def _call_recorder(name: str, calls: list) -> tuple[Callable, Callable]:
+def _call_recorder(name: str, calls: list[list[Any]]) -> tuple[Callable, Callable]:
     "Make the hooks that note each call: name, module, input before anything works in place on it, and output."
 
-    def note_input(module, inputs):
+    def note_input(module: nn.Module, inputs: tuple) -> None:
         calls.append([name, module, _first_tensor(inputs), None])
 
-    def note_output(module, inputs, output):
+    def note_output(module: nn.Module, inputs: tuple, output: object) -> None:
         call = next(call for call in reversed(calls) if call[0] == name)
         call[3] = _first_tensor(output)
 
@@ -103,10 +112,10 @@ GLUE = {
 }
 
 
-def _between(calls: list, following: torch.Tensor) -> tuple[str, int | None]:
+def _between(calls: list[list[Any]], following: torch.Tensor) -> tuple[str, int | None]:
     "Find out what turned the last output into `following`: the name in `GLUE`, and the part whose input was added."
     output = calls[-1][3]
-    sources = [(output, None)]
+    sources: list[tuple[torch.Tensor, int | None]] = [(output, None)]
     sources += [(output + calls[index][2], index) for index in reversed(range(len(calls)))
                 if calls[index][2].shape == output.shape]
     for source, skip_from in sources:
@@ -136,8 +145,8 @@ def drawing_height(
 
 def draw_network(
     parts: Sequence[NetworkPart],  # as `trace_network` returns them
-    ax,  # matplotlib Axes, best as high as `drawing_height` says
-):
+    ax: "Axes",  # best as high as `drawing_height` says
+) -> "Axes":
     "Draw `parts` from top to bottom with their parameters, the shapes between them, and residuals along the side."
     from matplotlib.patches import Patch
 
@@ -169,7 +178,8 @@ def _height(part: NetworkPart) -> float:
 def _kind(part: NetworkPart) -> str:
     "Sort a part by what it computes with."
     modules = list(part.module.modules())
-    kinds = {"attention": (Ultimus, SimilarityAttention, nn.MultiheadAttention), "convolution": nn.Conv2d, "linear": nn.Linear}
+    kinds = {"attention": (Ultimus, SimilarityAttention, nn.MultiheadAttention), "convolution": (nn.Conv2d,),
+             "linear": (nn.Linear,)}
     for kind, types in kinds.items():
         if any(isinstance(module, types) for module in modules):
             return kind
@@ -226,7 +236,7 @@ def _detail(part: NetworkPart) -> str:
 
 def _runs(texts: Sequence[str]) -> list[tuple[str, int]]:
     "Count equal neighbours."
-    runs = []
+    runs: list[tuple[str, int]] = []
     for text in texts:
         if runs and runs[-1][0] == text:
             runs[-1] = (text, runs[-1][1] + 1)
@@ -235,7 +245,7 @@ def _runs(texts: Sequence[str]) -> list[tuple[str, int]]:
     return runs
 
 
-def _draw_part(ax, part: NetworkPart, top: float) -> None:
+def _draw_part(ax: "Axes", part: NetworkPart, top: float) -> None:
     "Draw one box: name and content on the left, parameters on the right."
     from matplotlib.patches import FancyBboxPatch
 
@@ -252,14 +262,14 @@ def _draw_part(ax, part: NetworkPart, top: float) -> None:
     ax.text(0.18, top - 0.37, _detail(part), va="center", fontsize=9.5, color="#4B5563")
 
 
-def _draw_arrow(ax, tip: float, text: str) -> None:
+def _draw_arrow(ax: "Axes", tip: float, text: str) -> None:
     "Draw the arrow that ends at the height `tip`, and what flows along it."
     ax.annotate("", (2.9, tip), (2.9, tip + ARROW),
                 arrowprops={"arrowstyle": "-|>", "color": "#6B7280", "shrinkA": 0, "shrinkB": 0})
     ax.text(2.78, tip + 0.5 * ARROW, text, ha="right", va="center", fontsize=9, color="#374151")
 
 
-def _draw_skip(ax, start: float, end: float) -> None:
+def _draw_skip(ax: "Axes", start: float, end: float) -> None:
     "Draw a residual connection along the right side, from one arrow to a plus on a later one."
     ax.plot([2.9, 5.8, 5.8, 3.02], [start, start, end, end], color="#9D3C72", linewidth=1.5, label="_skip")
     ax.text(2.9, end, "+", ha="center", va="center", fontsize=10, fontweight="bold", color="white",

@@ -37,12 +37,12 @@ class Explanation:
 
     def upsampled(
         self,
-        size: int | tuple[int, int],  # height and width in pixels, or one number for both
+        size: int | Sequence[int],  # height and width in pixels, or one number for both
     ) -> torch.Tensor:
         "Resize the maps bilinearly and stretch each to 0..1, float32 (B, height, width); empty maps become all zero."
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        smaller = size[0] < self.maps.shape[1] or size[1] < self.maps.shape[2]  # every cell counts, then
-        large = F.interpolate(self.maps[:, None], size=size, mode="bilinear", align_corners=False, antialias=smaller)[:, 0]
+        height, width = (size, size) if isinstance(size, int) else size
+        smaller = height < self.maps.shape[1] or width < self.maps.shape[2]  # every cell counts, then
+        large = F.interpolate(self.maps[:, None], (height, width), mode="bilinear", align_corners=False, antialias=smaller)[:, 0]
         low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
         stretched = (large - low) / (high - low).clamp(min=torch.finfo(large.dtype).tiny)
         return torch.where(self.empty[:, None, None], torch.zeros_like(large), stretched)
@@ -176,13 +176,14 @@ def explain(
     layers: str | Sequence[str] | Mapping[str, Sequence[str]] | None = None,  # names, or names for each method; None: found
 ) -> list[Explanation]:
     "Explain what `model` says about `images`: by each method, at each layer, a map for each image. Raises `InputError`."
-    layers = [layers] if isinstance(layers, str) else layers
-    named = layers is not None and not isinstance(layers, Mapping)
-    chosen = METHODS[: 1 if named else 3] if methods is None else [methods] if isinstance(methods, str) else list(methods)
+    of_each = layers if isinstance(layers, Mapping) else {}
+    of_all = [layers] if isinstance(layers, str) else None if isinstance(layers, Mapping) else layers
+    few = METHODS[: 3 if of_all is None else 1]
+    chosen = few if methods is None else [methods] if isinstance(methods, str) else list(methods)
     unknown = [method for method in chosen if method not in METHODS]
     if unknown or not chosen:
         raise InputError(f"unknown method {unknown[0] if unknown else methods!r}: there are {', '.join(METHODS)}")
-    asked = {method: layers if named else (layers or {}).get(method) for method in chosen}
+    asked = {method: of_each.get(method) if of_all is None else of_all for method in chosen}
     model = unwrap(model)
     with undisturbed(model):
         images = prepare_images(model, images)
@@ -235,7 +236,8 @@ def _look(model: nn.Module, images: Tensor, targets: Tensor | None, plan: Mappin
         logits = model(images).float()
         watched.closed = True  # but watched: a network that saves memory runs parts of itself again in the backward pass
         targets = logits.detach().argmax(1) if targets is None else targets.to(logits.device)
-        outputs, attention = watched.outputs, watched.attention
+        outputs = {name: output for name, output in watched.outputs.items() if isinstance(output, Tensor)}  # as `_plan` checked
+        attention = watched.attention
         wanted = [*outputs.values(), *(one.weights for one in attention)]
         known = [tensor for tensor in wanted if tensor.requires_grad]  # not what ran without, or after everything that has one
         score = logits.gather(1, targets[:, None]).sum()  # one sum for all: in evaluation mode no image sees another
@@ -246,7 +248,8 @@ def _look(model: nn.Module, images: Tensor, targets: Tensor | None, plan: Mappin
     with torch.no_grad():
         for (name, output), gradient in zip(outputs.items(), gradients, strict=False):
             gradient = None if gradient is None else _as_map(gradient, name, watched, images)
-            found["grad_cam", name] = _grad_cam(_as_map(output, name, watched, images), gradient)
+            if (seen := _as_map(output, name, watched, images)) is not None:
+                found["grad_cam", name] = _grad_cam(seen, gradient)
         gradients = gradients[len(outputs):]
         rows = _read_rows(attention, gradients)
         flows = {"attention_rollout": _rollout(attention, rows),

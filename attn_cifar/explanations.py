@@ -115,7 +115,7 @@ def measure_cost(
 
 def _training(data: ImageData, recipe: Any, engine: Engine) -> Callable[[], Any]:
     "Return a function that trains attn_tiny for one pass."
-    model = create_model("attn_tiny").train().to(engine.device, memory_format=torch.channels_last)
+    model = create_model("attn_tiny").train().to(engine.device).to(memory_format=torch.channels_last)
     loss_of, optimizer = BatchLoss(model, recipe, engine), make_optimizer(model, recipe)
     batches = Batches.train(data, recipe.batch_size, recipe.augmentation, 0, engine.device)
 
@@ -136,12 +136,13 @@ def trace_explanations(
 ) -> dict[str, Any]:
     "Explain again and again; return how the process's memory grew, and whether hooks, modes, gradients or generators changed."
     model = load_pretrained("attn_tiny").train()
-    model.stem.eval()
+    model.get_submodule("stem").eval()
 
     def state() -> list[Any]:
         hooks = [len(table) for module in model.modules() for name, table in vars(module).items() if "_hooks" in name]
         return [hooks, [module.training for module in model.modules()], [p.grad is None for p in model.parameters()],
-                [p.requires_grad for p in model.parameters()], torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
+                [p.requires_grad for p in model.parameters()], torch.get_rng_state().tolist(),
+                np.random.get_state(legacy=False)["state"]["key"].tolist()]
 
     before, memory = state(), []
     for _ in range(times):
@@ -175,8 +176,8 @@ def explanations(
     source = load_data(data) if isinstance(data, str) else data
     chosen = source.subset(len(source.class_names), images)
     x, model = normalize(torch.as_tensor(np.array(chosen.test_images)), source.mean, source.std), load_pretrained("attn_tiny")
-    stored = {"study": "explanations", "command": "attn-cifar study explanations", "data": source.name,
-              "machine": describe_machine()}
+    stored: dict[str, Any] = {
+        "study": "explanations", "command": "attn-cifar study explanations", "data": source.name, "machine": describe_machine()}
     path = Path(results)
     if path.exists():  # parts that an earlier call had finished are kept
         earlier = json.loads(path.read_text(encoding="utf-8"))

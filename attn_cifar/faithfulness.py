@@ -150,8 +150,8 @@ def check_explanations(
             moves, count = len(gains) - 1, gains.shape[1]
             error = float((gains[1:].var(0).sum() * (1 + 1 / moves)).sqrt() / max(count, 1))
             chance = 2 / (len(images) * copies * max(one.maps[0].numel() - 1, 1)) ** 0.5
-            found.append(Faithfulness(one.method, one.layer, *scores[:, 0].mean(1).tolist(),
-                                      float((gains[0] - gains[1:].mean(0)).mean()), error, float(resemblance), chance,
+            gain, (deletion, insertion) = float((gains[0] - gains[1:].mean(0)).mean()), scores[:, 0].mean(1).tolist()
+            found.append(Faithfulness(one.method, one.layer, deletion, insertion, gain, error, float(resemblance), chance,
                                       float(one.empty.float().mean())))
     return found
 

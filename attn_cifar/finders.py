@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,7 +107,7 @@ def _head(width: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)]
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
     # looked at while the default was designed
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)),
     "conv, batch norm": lambda: nn.Sequential(*_conv(3, 16, stride=2), *_conv(16, 32, stride=2), *_conv(32, 64), *_head(64)),
@@ -190,7 +190,7 @@ def train_setting(
     "Train once; a loss that is no longer a number counts as guessing."
     try:
         return fit(setting.make(seed), data, recipe=setting.recipe, max_lr=max_lr, seed=seed, compile=False,
-                   verbose=False).evaluation.accuracy
+                   verbose=False).need_evaluation().accuracy
     except FloatingPointError:
         return 1 / len(data.class_names)
 
@@ -201,10 +201,10 @@ class _Loader(torch.utils.data.IterableDataset):
     def __init__(self, batches: Batches):
         self.batches = batches
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.batches)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batches)
 
 
@@ -245,14 +245,14 @@ def _ask_lightning(model: nn.Module, batches: Batches, recipe: Recipe, folder: P
     from lightning.pytorch.tuner import Tuner
 
     class Module(lightning.LightningModule):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model, self.lr = model, recipe.max_lr
 
-        def training_step(self, batch, _):
+        def training_step(self, batch: Any, _: int) -> Tensor:
             return F.cross_entropy(self.model(batch[0]), batch[1])
 
-        def configure_optimizers(self):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
             return make_optimizer(self.model, replace(recipe, max_lr=self.lr))
 
     trainer = lightning.Trainer(accelerator="cpu", max_epochs=10, default_root_dir=folder, logger=False,
@@ -353,7 +353,7 @@ def lr_finders(data: str = "cifar10", results: str = "nbs/studies/results/lr_fin
                settings: Sequence[Setting] = SETTINGS, train: int = TRAIN, valid: int = VALID, **_: Any) -> None:
     "Train every setting at every learning rate of its grid, ask every finder, and store both."
     path = Path(results)
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
+    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
         "study": "lr_finders", "command": "attn-cifar study lr_finders", "machine": describe_machine(),
         "cost": [], "grid": [], "asked": []}
     trained = {_key(row) for row in stored["grid"]}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUDGET', 'SHORT', 'VALID', 'RUNGS', 'FORMS', 'HALVING', 'FINALISTS', 'TUNED', 'Rung', 'train_rung', 'summarize',
-           'evaluate_flipped', 'evaluate_without', 'picture_attention', 'measure_speed', 'ladder']
+           'evaluate_flipped', 'evaluate_without', 'picture_attention', 'measure_speed', 'StudyResults', 'ladder']
 
 # %% ../nbs/09_ladder.ipynb #22ab1b6c
 import base64
@@ -101,7 +101,7 @@ def summarize(run: Run) -> dict[str, Any]:
     "Return what the study keeps of a run."
     last = run.history[-1]
     return {"seed": run.config["seed"], "max_lr": run.config["recipe"]["max_lr"], "epochs": len(run.history),
-            "parameters": run.config["parameters"], "macs": count_macs(run.model, run.config["data"]["image_size"]),
+            "parameters": run.config["parameters"], "macs": count_macs(run.need_model(), run.config["data"]["image_size"]),
             "train_loss": last["train_loss"], "accuracy": last["test_accuracy"], "engine": run.config["engine"],
             "threads": run.config["machine"]["threads"]}
 
@@ -149,7 +149,7 @@ def measure_speed(
     for rung in rungs:
         model, recipe = rung.make(len(data.class_names)).train(), RECIPES[rung.recipe]
         engine = choose_engine(model, 10**9, data.train_images.shape[1])  # as for a long training
-        model.to(engine.device, memory_format=torch.channels_last)
+        model.to(engine.device).to(memory_format=torch.channels_last)
         batches = Batches.train(data, recipe.batch_size, recipe.augmentation, 0, engine.device)
         loops.append((rung.name, BatchLoss(model, recipe, engine), batches, make_optimizer(model, recipe)))
     with keep_memory():
@@ -195,13 +195,19 @@ FINALISTS = [
 TUNED = 0.0175, 0.035, 0.07  # peak learning rates tried for each
 
 
-class _Results:
-    "Keep the study's rows in a file, each from the moment that it is known."
+class StudyResults:
+    "Keep a study's rows in a file, each from the moment that it is known. Raises `InputError` where those of other images are."
 
-    def __init__(self, path: Path, data: str, parts: Sequence[str]):
+    def __init__(
+        self,
+        path: Path,
+        study: str,
+        data: str,  # name of the images
+        parts: Sequence[str],  # that are asked for
+    ):
         self.path, self.parts = path, parts
-        self.stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
-            "study": "ladder", "command": "attn-cifar study ladder", "data": data, "machine": describe_machine(), "pictures": {}}
+        self.stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
+            "study": study, "command": f"attn-cifar study {study}", "data": data, "machine": describe_machine()}
         if self.stored["data"] != data:
             raise InputError(f"{path} holds results of {self.stored['data']}, not of {data}: say results=, or move it away")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +225,7 @@ class _Results:
         self.stored.setdefault(part, []).append(row)
         _write(self.path, self.stored)
         print(" ".join(f"{key} {row[key]:.4g}" if isinstance(row[key], float) else str(row[key]) for key in
-                       ("name", "seed", "max_lr", "train_loss", "accuracy") if key in row), flush=True)
+                       ("name", "seed", "max_lr", "train_loss", "accuracy", "seconds") if key in row), flush=True)
 
 
 def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results: str = "nbs/studies/results/ladder.json",
@@ -227,7 +233,7 @@ def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results:
            parts: Sequence[str] = ("search", "tuned", "final", "rungs", "speed"), **changes: Any) -> None:
     "Search forms, tune and train finalists, climb the ladder, measure speed; `changes` are of the recipes. Raises `InputError`."
     images = load_data(data) if isinstance(data, str) else data
-    kept, held_out = _Results(Path(results), images.name, parts), images.split(valid, seed=1)
+    kept, held_out = StudyResults(Path(results), "ladder", images.name, parts), images.split(valid, seed=1)
     _search(kept, images.split(valid, seed=0), changes)
     for max_lr in TUNED:
         for rung in FINALISTS:
@@ -244,9 +250,9 @@ def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results:
             if kept.missing("rungs", name=rung.name, seed=seed):
                 earlier = kept.rows("rungs", name=rung.name)
                 found = earlier[0]["found"] if earlier else _find(rung, held_out, seed, changes)
-                run, pictures = train_rung(rung, held_out, found["max_lr"], seed, **changes), kept.stored["pictures"]
+                run, pictures = train_rung(rung, held_out, found["max_lr"], seed, **changes), kept.stored.setdefault("pictures", {})
                 if rung.name not in pictures:
-                    pictures[rung.name] = picture_attention(run.model, held_out, shown)
+                    pictures[rung.name] = picture_attention(run.need_model(), held_out, shown)
                     pictures["images"] = [_encode(held_out.test_images[i]) for i in shown]
                 kept.add("rungs", {"name": rung.name, **summarize(run), "found": found})
     if any(kept.missing("speed", name=rung.name) for rung in rungs):
@@ -255,7 +261,7 @@ def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results:
     print(f"stored in {Path(results).name}")
 
 
-def _search(kept: _Results, held_out: ImageData, changes: dict[str, Any]) -> None:
+def _search(kept: StudyResults, held_out: ImageData, changes: dict[str, Any]) -> None:
     "Train all forms for a few epochs, and those that did best for more."
     names = list(FORMS)
     for turn, (epochs, count) in enumerate(HALVING):
@@ -265,7 +271,7 @@ def _search(kept: _Results, held_out: ImageData, changes: dict[str, Any]) -> Non
                 run = train_rung(form, held_out, replace(RECIPES["tiny"], **changes).max_lr, **{"epochs": epochs, **changes})
                 kept.add("search", {"name": name, "round": turn, **summarize(run)})
         scores = {row["name"]: row["accuracy"] for row in kept.rows("search", round=turn)}
-        names = sorted(scores, key=scores.get, reverse=True)
+        names = sorted(scores, key=scores.__getitem__, reverse=True)
 
 
 def _finish(rung: Rung, images: ImageData, seed: int, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
@@ -273,9 +279,10 @@ def _finish(rung: Rung, images: ImageData, seed: int, folder: Path, changes: dic
     torch.manual_seed(seed)
     run = fit(rung.make(len(images.class_names)), images, recipe=rung.recipe, seed=seed, resume=True,
               out=folder / f"{rung.name}-seed{seed}", **changes)
-    precision, right = run.config["engine"]["precision"], (run.evaluation.predictions == run.evaluation.labels).numpy()
-    without = {part: evaluate_without(run.model, images, part, precision).accuracy for part in ("sharpness", "position", "gain")}
-    return {**summarize(run), "flip_averaged": evaluate_flipped(run.model, images, precision).accuracy, "without": without,
+    model, evaluation, precision = run.need_model(), run.need_evaluation(), run.config["engine"]["precision"]
+    right = (evaluation.predictions == evaluation.labels).numpy()
+    without = {part: evaluate_without(model, images, part, precision).accuracy for part in ("sharpness", "position", "gain")}
+    return {**summarize(run), "flip_averaged": evaluate_flipped(model, images, precision).accuracy, "without": without,
             "right": base64.b64encode(np.packbits(right).tobytes()).decode()}  # a bit a test image
 
 

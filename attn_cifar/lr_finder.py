@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Batches, ImageData, InputError
-from .lr_curve import LRRangeTest, read_curve, smooth  # noqa: F401, handed on
+from .lr_curve import LRRangeTest as LRRangeTest, read_curve as read_curve, smooth as smooth  # handed on
 from .processes import join_processes
 from .recipes import Muon
 from .state import TrainingState, unwrap
@@ -163,7 +163,7 @@ class _Measure:
     def __init__(self, recipe: Recipe, engine: Engine, criterion: Callable | None, step: Callable | None, count_correct: bool):
         self.recipe, self.engine, self.criterion, self.step, self.count_correct = recipe, engine, criterion, step, count_correct
         self.counts: Tensor | None = None  # of each label that was trained on
-        self.correct: Tensor | None = None  # share of right answers in the last batch
+        self.correct = torch.zeros(())  # share of right answers in the last batch, where they are counted
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         batch = move(batch, self.engine.device)
@@ -249,7 +249,7 @@ def find_lr(
         if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
             raise InputError("the optimizer has no trainable parameters")
         scaler = scaler or torch.amp.GradScaler(engine.device, enabled=engine.precision == "float16")
-        loader = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device) \
+        loader: Any = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device) \
             if isinstance(data, ImageData) else data
         try:
             epoch = len(loader) // accumulate
@@ -279,7 +279,8 @@ def find_lr(
 class _Test:
     "Run sweeps and trials from the same start."
 
-    def __init__(self, model, optimizer, outside, loader, measure: _Measure, scaler, accumulate: int):
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, outside: nn.ParameterList, loader: Iterable,
+                 measure: _Measure, scaler: torch.amp.GradScaler, accumulate: int):
         self.model, self.loader, self.measure = model.train(), loader, measure
         own = loader if isinstance(loader, Batches) else None  # any other loader goes on to other batches
         self.state = TrainingState(model, own, random=False,  # each sweep draws its own
@@ -293,16 +294,17 @@ class _Test:
         "Go back to the first weights and, if the loader can and nothing else is wanted, to the first batches."
         batches = self.loader.state_dict() if fresh and isinstance(self.loader, Batches) else None
         self.state.restore(self.start)
-        if batches is not None:
-            self.loader.load_state_dict(batches)
         if isinstance(self.loader, Batches):
+            if batches is not None:
+                self.loader.load_state_dict(batches)
             self.stepper.batches = endless(self.loader)
 
     def sweep(self, lrs: Iterable[float]) -> Iterator[float]:
         "Train a step at each learning rate, which is that of the group with the largest one; yield the losses."
         return (loss for _, loss in sweep(self.stepper, ([float(lr) * ratio for ratio in self.ratios] for lr in lrs)))
 
-    def run(self, lrs, valid, metric, diverge, beta, fresh: bool) -> dict[str, list[float]]:
+    def run(self, lrs: np.ndarray, valid: Iterable | None, metric: str, diverge: float, beta: float,
+            fresh: bool) -> dict[str, list[float]]:
         "Sweep once; return the curves up to where the loss ran away."
         self.restart(fresh)
         curves: dict[str, list[float]] = {"read": [], "validation": []}
@@ -360,7 +362,11 @@ class _Test:
             trial = cache(partial(self.trial, batches=batches * longer))
             if longer > 1 and not trial(start)[0] < level - _ENOUGH * abs(level):
                 continue
-            tried = _try_rates(lambda lr, trial=trial: trial(lr)[0], start, most)
+
+            def ends_at(lr: float, trial: Callable[[float], tuple[float, float]] = trial) -> float:
+                return trial(lr)[0]
+
+            tried = _try_rates(ends_at, start, most)
             best, least = min(tried, key=itemgetter(1))
             learnt = least < level - 2.5 * trial(best)[1]
             if least < level - _ENOUGH * abs(level):
@@ -394,10 +400,11 @@ def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: fl
     if len(curves) > 1:
         result = replace(result, band=np.array([losses.min(0), losses.max(0)]))
         alone = [read_curve(lrs[:end], row, beta, guessing).suggestion for row in losses]
-        if result.suggestion is not None and None in alone:
-            differ = f"{alone.count(None)} of {len(alone)} sweeps alone give no learning rate"
-        if result.suggestion is not None and None not in alone:
-            result = replace(result, low=min(alone), high=max(alone))
+        rates = [lr for lr in alone if lr is not None]
+        if result.suggestion is not None and len(rates) < len(alone):
+            differ = f"{len(alone) - len(rates)} of {len(alone)} sweeps alone give no learning rate"
+        elif result.suggestion is not None:
+            result = replace(result, low=min(rates), high=max(rates))
     if name == "validation":
         result = replace(result, validation=losses.mean(0))
     return result, differ

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch.utils.data import DataLoader
 
 from .lr_finder import Stepper, move
 from .state import TrainingState
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../nbs/04_lr_finder_compat.ipynb #a6a45193
 class DataLoaderIter:
@@ -29,7 +32,7 @@ class DataLoaderIter:
         self._iterator = iter(data_loader)
 
     @property
-    def dataset(self):
+    def dataset(self) -> Any:  # torch.utils.data.Dataset
         return self.data_loader.dataset
 
     def inputs_labels_from_batch(self, batch_data: Any) -> tuple[Any, Any]:
@@ -81,7 +84,10 @@ class ValDataLoaderIter(DataLoaderIter):
         return super().__next__()
 
 # %% ../nbs/04_lr_finder_compat.ipynb #09b6c2d7
-def _as_iterator(loader: Any, kind: type[DataLoaderIter], name: str) -> DataLoaderIter:
+_Kind = TypeVar("_Kind", bound=DataLoaderIter)
+
+
+def _as_iterator(loader: Any, kind: type[_Kind], name: str) -> _Kind:
     "Return a loader as an iterator of a kind. Raises `ValueError`."
     if isinstance(loader, DataLoader):
         return kind(loader)
@@ -163,7 +169,7 @@ class LRFinder:
 
         def loss_of(model: nn.Module, batch: tuple[Any, Any]) -> torch.Tensor:
             inputs, labels = move(batch, self.device, non_blocking_transfer)
-            with torch.amp.autocast(**self.amp_config) if self.amp_backend else nullcontext():
+            with torch.amp.autocast(**self.amp_config or {}) if self.amp_backend else nullcontext():
                 return self.criterion(model(inputs), labels)
 
         scaler = self.grad_scaler if self.amp_backend else None
@@ -222,9 +228,9 @@ class LRFinder:
         skip_end: int = 5,
         log_lr: bool = True,
         show_lr: float | None = None,  # mark it
-        ax=None,  # matplotlib Axes; None: a new figure, which is shown
+        ax: "Axes | None" = None,  # None: a new figure, which is shown
         suggest_lr: bool = True,  # mark and return where the loss falls fastest from step to step
-    ):
+    ) -> Any:  # Axes; with `suggest_lr` a pair, Axes and the learning rate
         "Plot `history`; return the axes, and with `suggest_lr` also the learning rate. Raises `RuntimeError`, `ValueError`."
         for name, value in (("skip_start", skip_start), ("skip_end", skip_end)):
             if value < 0:
@@ -239,7 +245,7 @@ class LRFinder:
 
         lrs, losses = (list(self.history[name])[skip_start:max(end, 0)] for name in ("lr", "loss"))
         own = ax is None
-        if own:
+        if ax is None:
             _, ax = plt.subplots()
         ax.plot(lrs, losses)
         if suggest_lr:

@@ -6,11 +6,16 @@
 __all__ = ['MOST_BARS', 'class_table', 'plot_classes', 'confused_table', 'plot_confused', 'calibration_table', 'plot_calibration']
 
 # %% ../nbs/07_mistakes.ipynb #a65ec3de
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from .data import InputError
 from .runs import Evaluation
 from .visualization import COLORS, new_axes, short_name, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # %% ../nbs/07_mistakes.ipynb #40c86297
 def class_table(
@@ -34,8 +39,8 @@ MOST_BARS = 40  # classes drawn, the hardest ones
 @styled
 def plot_classes(
     evaluation: Evaluation,
-    ax=None,  # matplotlib Axes; None: a new one, taller for many classes
-):
+    ax: "Axes | None" = None,  # None: a new one, taller for many classes
+) -> "Axes":
     "Plot the share of each class that is recognised, the hardest first, with its 95 % interval."
     order = evaluation.class_accuracy.argsort(stable=True)[:MOST_BARS].tolist()
     share, images = 100 * evaluation.class_accuracy[order].numpy(), evaluation.confusion.sum(1)[order].clamp(min=1).numpy()
@@ -78,8 +83,8 @@ def confused_table(
 def plot_confused(
     evaluation: Evaluation,
     pairs: int = 10,  # bars, 1 or more
-    ax=None,  # matplotlib Axes; None: a new one
-):
+    ax: "Axes | None" = None,  # None: a new one
+) -> "Axes":
     "Plot how often the most confused pairs are confused."
     rows = confused_table(evaluation, pairs)
     ax = ax or new_axes(1.2 + 0.26 * max(len(rows), 1))
@@ -106,8 +111,8 @@ def calibration_table(
 @styled
 def plot_calibration(
     evaluation: Evaluation,
-    ax=None,  # matplotlib Axes; None: a new one
-):
+    ax: "Axes | None" = None,  # None: a new one
+) -> "Axes":
     "Plot how often predictions are right over how sure they were: a reliability diagram."
     rows = np.array(calibration_table(evaluation))
     low, high, images, sure, right = rows.T

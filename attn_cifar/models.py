@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'RelativePosition', 'Ultimus', 'record_attention', 'conv_block', 'BasicAttention', 'SpatialAttention',
-           'SimilarityAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'ModelEntry', 'list_models',
-           'create_model', 'count_parameters', 'count_macs', 'describe_model', 'find_pretrained', 'load_pretrained']
+           'SimilarityAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'whitening_filters', 'SpeedBlock',
+           'SpeedAttention', 'ModelEntry', 'list_models', 'create_model', 'count_parameters', 'count_macs',
+           'describe_model', 'find_pretrained', 'load_pretrained']
 
 # %% ../nbs/01_models.ipynb #0741ac1d
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -105,10 +107,10 @@ class Ultimus(nn.Module):
         return self.out(mixed.squeeze(-1) if x.ndim == 2 else mixed)
 
 # %% ../nbs/01_models.ipynb #e0d5eb3a
-class _OfThisThread(list):
+class _OfThisThread(list[Tensor]):
     "Keep what the thread appends that made the list; what another one computes with the same network is not its business."
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.thread = threading.get_ident()
 
@@ -160,7 +162,7 @@ class BasicAttention(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.Gap1(self.convblock3(self.convblock2(self.convblock1(images)))).flatten(1)
-        for block in [self.Ultimus] * self.calls if self.calls > 1 else self.Ultimus:
+        for block in self.Ultimus if isinstance(self.Ultimus, nn.Sequential) else [self.Ultimus] * self.calls:
             features = features + block(F.layer_norm(features, (48,))) if self.residual else block(features)
         return self.fc1(features)
 
@@ -297,11 +299,70 @@ class HybridAttention(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.fine(self.stem(images))
-        if self.attention is not None:
+        if self.attention is not None and self.norm is not None:
             tokens = features.flatten(2).transpose(1, 2)  # (B, 64, channels)
             tokens = tokens + self.attention(self.norm(tokens), features.shape[2:])
             features = tokens.transpose(1, 2).unflatten(2, features.shape[2:])
         return self.fc1(self.coarse(features).mean((2, 3)))
+
+# %% ../nbs/01_models.ipynb #481f2800
+def whitening_filters() -> Tensor:  # (24, 3, 2, 2)
+    "Return filters that decorrelate 2×2 patches of normalised photographs, and their opposites."
+    colours = F.normalize(torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]]))  # light; red or blue; magenta or green
+    places = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
+    variances = torch.tensor([11.5, 0.42, 0.24, 0.049, 1.38, 0.0072, 0.0036, 0.00024, 0.12, 0.0019, 0.0012, 0.00014])
+    filters = torch.einsum("ci,pj->cpij", colours, places).reshape(12, 3, 2, 2) / (variances + 5e-4).sqrt().view(-1, 1, 1, 1)
+    return torch.cat([filters, -filters])
+
+
+class SpeedBlock(nn.Module):
+    "Convolution and pooling, then convolution and perhaps attention beside it: (B, channels, H, W) to (B, out, H/2, W/2)."
+
+    def __init__(
+        self,
+        channels: int,
+        out: int,  # channels it returns
+        attention: nn.Module | None = None,  # of `out` channels
+    ):
+        super().__init__()
+        self.narrow = nn.Conv2d(channels, out, 3, padding=1, bias=False)
+        self.around = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(out, momentum=0.4), nn.BatchNorm2d(out, momentum=0.4)  # there are few steps
+        self.attention, self.activation = attention, nn.GELU()
+        for convolution in (self.narrow, self.around):
+            with torch.no_grad():
+                nn.init.dirac_(convolution.weight[:convolution.in_channels])  # it passes on what comes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm1(F.max_pool2d(self.narrow(x), 2)))
+        seen = self.around(x) if self.attention is None else self.around(x) + self.attention(x)
+        return self.activation(self.norm2(seen))
+
+
+class SpeedAttention(nn.Module):
+    "Dense convolutions over whitened patches, attention beside them at 7×7 and 3×3. Images (B, 3, H, W) to logits (B, classes)."
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        widths: tuple[int, int, int] = (64, 256, 256),  # channels of the three blocks
+        attention: bool = True,
+        heads: int = 4,
+        reach: int = 6,  # distance up to which the relative position counts
+        whiten: bool = True,  # False: a first layer that is learned
+    ):
+        super().__init__()
+        self.whiten = nn.Conv2d(3, 24, 2)
+        nn.init.zeros_(self.whiten.bias)
+        if whiten:
+            self.whiten.weight = nn.Parameter(whitening_filters(), requires_grad=False)
+        looking = [None, *(SimilarityAttention(width, heads, reach) if attention else None for width in widths[1:])]
+        self.blocks = nn.Sequential(*(SpeedBlock(*both, seen) for both, seen in zip(pairwise([24, *widths]), looking, strict=True)))
+        self.fc1 = nn.Linear(widths[-1], num_classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.blocks(F.gelu(self.whiten(images)))
+        return self.fc1(features.amax((2, 3))) / 9
 
 # %% ../nbs/01_models.ipynb #8cedabd7
 @dataclass(frozen=True)
@@ -335,6 +396,9 @@ MODELS: dict[str, ModelEntry] = {
     "conv_base": ModelEntry(lambda num_classes=10: HybridAttention(
         num_classes, channels=256, stem=64, depth=(4, 12), wide=512, attention=None, activation=nn.SiLU), "base",
         "its twin without attention"),
+    "attn_speed": ModelEntry(SpeedAttention, "speed", "dense convolutions with attention beside them, for few epochs"),
+    "conv_speed": ModelEntry(lambda num_classes=10: SpeedAttention(num_classes, attention=False), "speed",
+                             "its twin without attention"),
 }
 
 
@@ -353,7 +417,7 @@ def create_model(
     if num_classes < 2:
         raise InputError(f"num_classes must be at least 2, not {num_classes}")
     model = MODELS[name].make(num_classes=num_classes)
-    model.registered_name = name
+    model.registered_name = name  # type: ignore[assignment]  # PyTorch's hints know tensors and modules only
     return model
 
 

@@ -281,14 +281,15 @@ def render_page(
 
 def _wide(sections: list[Section]) -> set[str]:
     "Name the sections that take a whole row: those that want to, and any that would stand alone in a row of two."
-    wide, alone = {section.id for section in sections if section.wide}, None
+    wide = {section.id for section in sections if section.wide}
+    alone: str | None = None
     for section in sections:
         if alone is not None and (section.wide or section.first):
             wide.add(alone)
             alone = None
         if not section.wide:
             alone = section.id if alone is None else None
-    return wide | ({alone} - {None})
+    return wide if alone is None else wide | {alone}
 
 
 def percent(

@@ -76,7 +76,8 @@ def _loader(data: ImageData, batch_size: int, workers: int, seed: int) -> torch.
                                        num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
-def _adam(model: nn.Module, steps: int, max_lr: float, fused: bool = False):
+def _adam(model: nn.Module, steps: int, max_lr: float,
+          fused: bool = False) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.OneCycleLR]:
     optimizer = torch.optim.Adam(model.parameters(), lr=max_lr, fused=fused)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr, total_steps=steps, pct_start=RECIPE.pct_start, div_factor=RECIPE.div_factor,
@@ -145,17 +146,17 @@ def lightning_loop(model: nn.Module, data: ImageData, batch_size: int, max_lr: f
     losses = []
 
     class Module(lightning.LightningModule):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model = _Tuned(model) if tuned else model
 
-        def training_step(self, batch, _):
+        def training_step(self, batch: Any, _: int) -> Tensor:
             loss = _loss(model, self.model(batch[0]), batch[1])
             losses.append(loss.detach())
             self.log("train_loss", loss)
             return loss
 
-        def configure_optimizers(self):
+        def configure_optimizers(self) -> dict[str, Any]:
             optimizer, scheduler = _adam(model, len(loader), max_lr, fused=tuned)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,16 @@ from torch import Tensor
 from .batches import InputError
 
 # %% ../nbs/02_processes.ipynb #3b641bad
+_T = TypeVar("_T")
+
+
 @dataclass(frozen=True)
 class Processes:
     "Say which of how many processes this is, and let them work together. Raises `ConnectionError` when one of them is gone."
     rank: int = 0  # 0 .. count - 1; the first one writes files
     count: int = 1
 
-    def from_first(self, function: Callable[[], Any]) -> Any:
+    def from_first(self, function: Callable[[], _T]) -> _T:
         "Call a function in the first process; return its value, or raise its error, in all of them."
         if self.count == 1:
             return function()
@@ -44,11 +47,11 @@ class Processes:
             raise outcome[1]
         return outcome[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: _T) -> list[_T]:
         "Return the values of all processes, in the order of their ranks."
         if self.count == 1:
             return [value]
-        values = [None] * self.count
+        values: list[Any] = [None] * self.count
         with _talking():
             dist.all_gather_object(values, value)
         return values
@@ -104,11 +107,11 @@ def join_processes(
                                  "many as it has GPUs, or give --device cpu")
             torch.cuda.set_device(place)
         with _talking():
-            store, rank, count = next(dist.rendezvous("env://"))
+            store, rank, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]  # PyTorch hands it on unsaid
             alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]  # on one machine, whose restarts are counted:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else ""  # old addresses can still be there
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=count,
-                                    store=dist.PrefixStore(f"attempt{attempt}", store))
+                                    store=dist.PrefixStore(f"attempt{attempt}", store))  # type: ignore[attr-defined]
         atexit.register(dist.destroy_process_group)
     return Processes(dist.get_rank(), dist.get_world_size())
 

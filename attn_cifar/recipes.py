@@ -87,10 +87,10 @@ class Muon(torch.optim.Optimizer):
             alike[tuple(weight.flatten(1).shape)].append(weight)
         for shape, same in alike.items():
             momenta, beta = [self.state[weight]["exp_avg"] for weight in same], group["betas"][0]
-            for weight, momentum in zip(same, momenta, strict=True):
-                momentum.lerp_(weight.grad, 1 - beta)
-            pairs = zip(same, momenta, strict=True)
-            ahead = [weight.grad.lerp(momentum, beta).flatten(1) for weight, momentum in pairs]  # Nesterov
+            pairs = list(zip(_gradients(same), momenta, strict=True))
+            for gradient, momentum in pairs:
+                momentum.lerp_(gradient, 1 - beta)
+            ahead = [gradient.lerp(momentum, beta).flatten(1) for gradient, momentum in pairs]  # Nesterov
             length = 0.2 * math.sqrt(max(shape))  # entries then have the root mean square that AdamW's steps have
             for weight, update in zip(same, orthogonalize(torch.stack(ahead)), strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
@@ -99,10 +99,15 @@ class Muon(torch.optim.Optimizer):
     def _adamw(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[weight] for weight in weights]
         adamw(
-            weights, [weight.grad for weight in weights], [state["exp_avg"] for state in states],
+            weights, _gradients(weights), [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=group["fused"],
             amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=False)
+
+
+def _gradients(weights: list[Tensor]) -> list[Tensor]:
+    "Return the gradients of those weights that have one."
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 # %% ../nbs/03_recipes.ipynb #d8e3b957
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Recipe:
     final_div_factor: float = 1e4  # last learning rate = first / final_div_factor
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotate=0.0, cutout=0, flip_prob=0.5))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.augmentation, dict):  # as read from config.json
             object.__setattr__(self, "augmentation", Augmentation(**self.augmentation))
         for name, low, high in (("epochs", 1, 100_000), ("batch_size", 1, 1_000_000), ("max_lr", 1e-12, 1e4),
@@ -134,7 +139,7 @@ class Recipe:
             raise InputError(f"unknown optimizer {self.optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
 
 
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
     "muon": (Muon, {}), "adamw": (torch.optim.AdamW, {}), "adam": (torch.optim.Adam, {}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})}
 
@@ -146,10 +151,12 @@ RECIPES = {
     "small": Recipe(epochs=50, optimizer="muon", max_lr=0.035, pct_start=0.25, div_factor=10.0, final_div_factor=1000.0),
     "base": Recipe(epochs=100, batch_size=512, optimizer="muon", max_lr=0.035, pct_start=0.25, div_factor=10.0,
                    final_div_factor=1000.0, augmentation=Augmentation(rotate=0.0, cutout=16, flip_prob=0.5)),
+    "speed": Recipe(epochs=8, batch_size=1000, optimizer="muon", max_lr=0.035, label_smoothing=0.2, pct_start=0.2, div_factor=5.0,
+                    final_div_factor=100.0, augmentation=Augmentation(rotate=0.0, pad=2, cutout=0, alternate=True)),
 }
 
 
-def choose_recipe(model: nn.Module, recipe: Recipe | str | None, changes: dict[str, Any]) -> Recipe:
+def choose_recipe(model: nn.Module | None, recipe: Recipe | str | None, changes: dict[str, Any]) -> Recipe:
     "Look the recipe up and apply the changes."
     if recipe is None:
         entry = MODELS.get(getattr(model, "registered_name", ""))
@@ -200,7 +207,7 @@ class Engine:
     precision: str  # "float32", "bfloat16", or "float16" with a gradient scaler
     compile: bool  # torch.compile
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             autocast(torch.device(self.device), self.precision)
         except RuntimeError as error:
@@ -289,7 +296,7 @@ def keep_memory() -> Iterator[None]:
         library = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
     except OSError:
         library = None
-    if _keeping or not hasattr(library, "mallopt"):
+    if _keeping or library is None or not hasattr(library, "mallopt"):
         yield
         return
     trim_threshold, mmap_threshold = -1, -3  # mallopt(3): free memory at the top that is given back, size of its own mapping

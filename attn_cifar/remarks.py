@@ -24,7 +24,7 @@ def verdicts(
     found: LRRangeTest | None = None,  # its range test, if there was one
 ) -> list[tuple[str, str, str]]:
     "Judge a run: question, number, sentence."
-    evaluation, last = run.evaluation, run.history[-1]
+    evaluation, last = run.need_evaluation(), run.history[-1]
     count, classes, right = len(evaluation.labels), len(evaluation.class_names), evaluation.accuracy
     margin = 196 * math.sqrt(right * (1 - right) / count)
     confident = evaluation.probabilities.amax(1).double().mean().item()
@@ -85,7 +85,7 @@ def remake_command(
     options = {"data": config["data"]["name"], **({"image-size": size} if size != 32 else {}), "model": config["model"],
                "recipe": recipe, **{name.replace("_", "-"): repr(value) for name, value in changes.items()},
                "max-lr": config["recipe"]["max_lr"],  # by default it would be looked for
-               "seed": config["seed"], "out": f"{run.folder.name}-again"}  # not that of the images, by chance
+               "seed": config["seed"], "out": f"{run.need_folder().name}-again"}  # not that of the images, by chance
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
     return " \\\n    ".join(["attn-cifar train", *words, *(["--deterministic"] if config["deterministic"] else [])])
 
@@ -100,7 +100,7 @@ def remake_python(
     create = f"create_model({config['model']!r}, {len(images['class_names'])})" if known else \
         f"...  # your {config['model']} with {config['parameters']:,} parameters"
     exact = {"seed": config["seed"], "deterministic": config["deterministic"], **config["engine"],
-             "out": f"{run.folder.name}-again"}
+             "out": f"{run.need_folder().name}-again"}
     first, second = (", ".join(f"{name}={value!r}" for name, value in options.items())
                      for options in ({"recipe": recipe, **changes}, exact))
     return "\n".join([

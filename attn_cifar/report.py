@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,33 +39,36 @@ def _write(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
 
 
-def _plot(run: Run, name: str, alt: str, plot: Callable, *arguments, log_axis: bool = False, **options) -> Picture:
+def _plot(run: Run, name: str, alt: str, plot: Callable, *arguments: Any, log_axis: bool = False, **options: Any) -> Picture:
     "Draw a plot, store it as `figures/{name}.png` and embed it."
     import matplotlib
 
-    look = {"savefig.dpi": 2 * DPI, "text.parse_math": log_axis}  # a class may be named $x, or 犬, which the page can write
+    # A class may be named $x, or 犬, which the page can write.
+    look: dict[Any, Any] = {"savefig.dpi": 2 * DPI, "text.parse_math": log_axis}
     with matplotlib.rc_context(look), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         drawn = plot(*arguments, **options)
         content = drawn._repr_png_()
-    (run.folder / "figures").mkdir(exist_ok=True)
-    _write(run.folder / "figures" / f"{name}.png", content)
+    figures = run.need_folder() / "figures"
+    figures.mkdir(exist_ok=True)
+    _write(figures / f"{name}.png", content)
     width, height = (round(side * DPI) for side in drawn.figure.get_size_inches())
     return Picture(data_uri(content, "png"), alt, width, height)
 
 
 def _stored(run: Run) -> Evaluation:
     "Return the stored evaluation."
-    if run.evaluation is None or not run.history:
+    if not run.history:
         raise InputError("the run has not been evaluated yet")
-    return run.evaluation
+    return run.need_evaluation()
 
 
 def _range_result(run: Run) -> LRRangeTest:
     "Return the stored range test."
-    if not (run.folder / "lr_find.json").exists():
+    stored = run.need_folder() / "lr_find.json"
+    if not stored.exists():
         raise InputError("the run folder holds no lr_find.json")
-    return LRRangeTest.load(run.folder / "lr_find.json")
+    return LRRangeTest.load(stored)
 
 # %% ../nbs/07_report.ipynb #e2da714f
 def _overview(run: Run, data: ImageData) -> Section:
@@ -199,11 +203,10 @@ def _range_test(run: Run, data: ImageData) -> Section:
 
 
 def _network(run: Run, data: ImageData) -> Section:
-    if run.model is None:
-        raise InputError("the run folder holds no weights")
-    parts = ", ".join(name for name, _ in run.model.named_children())
+    model = run.need_model()
+    parts = ", ".join(name for name, _ in model.named_children())
     alt = f"Diagram of the network from the image to the logits; its parts are {parts}."
-    plot = _plot(run, "network", alt, plot_network, run.model, run.config["data"]["image_size"])
+    plot = _plot(run, "network", alt, plot_network, model, run.config["data"]["image_size"])
     text = "Drawn from a forward pass: parts with their parameters, shapes along the arrows, residuals on the right."
     return Section("network", "Network", text, first=True, plots=[plot])
 
@@ -289,14 +292,12 @@ _VERDICTS = {"believable": "taking away what they mark hurts more than chance", 
 
 def _explanations(run: Run, data: ImageData, method: str) -> Section:
     "Explain the chosen images by one method, lay the maps over them, a row for each layer, and say if they can be believed."
-    if run.model is None:
-        raise InputError("the run folder holds no weights")
-    chosen = choose_explained(_stored(run))
+    model, chosen = run.need_model(), choose_explained(_stored(run))
     every = [*chosen, *(index for index in choose_explained(_stored(run), JUDGED, JUDGED // 2) if index not in chosen)]
     pixels, labels = np.array(data.test_images[chosen]), [int(label) for label in data.test_labels[chosen]]
     images = normalize(torch.from_numpy(np.array(data.test_images[every])), data.mean, data.std)
-    maps = explain(run.model, images, methods=(method,))[-4:]
-    judged = check_explanations(run.model, images, maps, steps=6)
+    maps = explain(model, images, methods=(method,))[-4:]
+    judged = check_explanations(model, images, maps, steps=6)
     _plot(run, method, "", plot_explanations, maps, images[:len(chosen)], data, labels=labels)
     names = [data.class_names[int(target)] for target in maps[0].targets[:len(chosen)]]
     shown = [embed_image(pixels[i], f"test image {chosen[i]}, {data.class_names[labels[i]]}", (
@@ -327,8 +328,9 @@ def _overlays(explanation: Explanation, pixels: np.ndarray, names: list[str]) ->
 _EXPLANATIONS = [partial(_explanations, method=method) for method in METHODS]
 
 # %% ../nbs/07_report.ipynb #300811e2
-SECTIONS = (_overview, _training_images, _curves, _confusion, _classes, _pairs, _calibration, _mistakes, *_EXPLANATIONS,
-            _schedule, _range_test, _network, _environment, _remake)
+SECTIONS: tuple[Callable[[Run, ImageData], Section], ...] = (
+    _overview, _training_images, _curves, _confusion, _classes, _pairs, _calibration, _mistakes,
+    *_EXPLANATIONS, _schedule, _range_test, _network, _environment, _remake)
 
 
 def make_report(
@@ -338,37 +340,38 @@ def make_report(
     "Write `figures/*.png` and `report.html` into the run folder; return the page's path. Raises `InputError`."
     run = run if isinstance(run, Run) else load_run(run)
     _check_data(run, data)
+    folder = run.need_folder()
     sections, missing = [], []
     try:
         for make in SECTIONS:
             try:
                 sections.append(make(run, data))
             except InputError as error:
-                reason = str(error).replace(str(run.folder), run.folder.name).partition(": ")[0]
+                reason = str(error).replace(str(folder), folder.name).partition(": ")[0]
                 name = make.keywords["method"] if isinstance(make, partial) else make.__name__.strip("_")
                 missing.append(f"{name.replace('_', ' ')} ({reason})")
-        footer = f"Made by attn_cifar {run.config['machine']['attn_cifar']} from the run folder {run.folder.name}."
+        footer = f"Made by attn_cifar {run.config['machine']['attn_cifar']} from the run folder {folder.name}."
         footer += f" Left out: {'; '.join(missing)}." if missing else ""
         title = f"{run.config['model']} on {run.config['data']['name']}"
-        page = render_page(title, f"Training report of the run {run.folder.name}", sections, footer)
-        _write(run.folder / "report.html", page.encode("utf-8", "replace"))
-        _log_figures(run)
+        page = render_page(title, f"Training report of the run {folder.name}", sections, footer)
+        _write(folder / "report.html", page.encode("utf-8", "replace"))
+        _log_figures(folder, len(run.history))
     except OSError as error:
-        raise InputError(f"the report in {run.folder} cannot be written ({error.strerror or error})") from error
-    return run.folder / "report.html"
+        raise InputError(f"the report in {folder} cannot be written ({error.strerror or error})") from error
+    return folder / "report.html"
 
 
-def _log_figures(run: Run) -> None:
+def _log_figures(folder: Path, epochs: int) -> None:
     "Show the figures in TensorBoard, too, in place of those of an earlier report."
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
-    for earlier in (run.folder / "tensorboard").glob("*.figures"):
+    for earlier in (folder / "tensorboard").glob("*.figures"):
         earlier.unlink()
-    with SummaryWriter(str(run.folder / "tensorboard"), filename_suffix=".figures") as writer:
-        for path in sorted((run.folder / "figures").glob("*.png")):
+    with SummaryWriter(str(folder / "tensorboard"), filename_suffix=".figures") as writer:
+        for path in sorted((folder / "figures").glob("*.png")):
             with Image.open(path) as picture:
-                writer.add_image(f"figures/{path.stem}", np.asarray(picture.convert("RGB")), len(run.history), dataformats="HWC")
+                writer.add_image(f"figures/{path.stem}", np.asarray(picture.convert("RGB")), epochs, dataformats="HWC")
 
 
 def _check_data(run: Run, data: ImageData) -> None:

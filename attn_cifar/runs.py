@@ -116,6 +116,7 @@ def evaluate(
     "Run the model once over the data in evaluation mode, where the model is; its modes stay as they were."
     model = unwrap(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches: Iterable[tuple[Tensor, Tensor]]
     if isinstance(data, ImageData):
         class_names, size = data.class_names, 250 if device.type == "cpu" else 2000
         batches = Batches.test(data, size, device, rank=processes.rank, count=processes.count)
@@ -133,12 +134,12 @@ def evaluate(
     finally:
         for module, training in modes.items():
             module.training = training
-    if processes.count > 1:
+    if isinstance(data, ImageData) and processes.count > 1:
         place = torch.arange(len(data.test_labels))
-        together = torch.zeros(len(place), len(class_names))
+        together = torch.zeros(len(place), len(data.class_names))
         together[place % size % processes.count == processes.rank] = torch.cat(logits).cpu() if logits else torch.zeros(())
         processes.add([together])
-        return Evaluation(together, torch.as_tensor(data.test_labels).long(), class_names)
+        return Evaluation(together, torch.as_tensor(data.test_labels).long(), data.class_names)
     if not logits:
         raise InputError("there are no images to evaluate")
     all_logits = torch.cat(logits).cpu()
@@ -154,6 +155,24 @@ class Run:
     steps: dict[str, list[float]]  # lr, momentum and loss of every step
     model: nn.Module | None = None
     evaluation: Evaluation | None = None
+
+    def need_folder(self) -> Path:
+        "Return the folder. Raises `InputError` where the run was not stored."
+        if self.folder is None:
+            raise InputError("this run was not stored: train with fit(..., out=FOLDER)")
+        return self.folder
+
+    def need_model(self) -> nn.Module:
+        "Return the model. Raises `InputError` where the run was stopped before there was one to store."
+        if self.model is None:
+            raise InputError("the run folder holds no weights: train it further with --resume")
+        return self.model
+
+    def need_evaluation(self) -> Evaluation:
+        "Return the last evaluation. Raises `InputError` where the run was stopped before the first."
+        if self.evaluation is None:
+            raise InputError("the run has not been evaluated yet: train it further with --resume")
+        return self.evaluation
 
 
 def load_run(
@@ -212,7 +231,7 @@ def read_config(
 
 def _check_kinds(value: Any, kind: Any, where: str) -> None:
     "Raise `TypeError` where a value read from JSON is not of the kind expected."
-    expected = dict if isinstance(kind, dict) else list if isinstance(kind, list) else (int, float) if kind is float else kind
+    expected: Any = type(kind) if isinstance(kind, dict | list) else (int, float) if kind is float else kind
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{where} is {str(value)[:40]!r}")
     if isinstance(kind, list):

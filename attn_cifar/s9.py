@@ -13,9 +13,10 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +29,12 @@ from .data import (_CIFAR10_MEAN, _CIFAR10_STD, NO_AUGMENTATION, AlbumentationsT
 from .explain import Explanation, explain
 from .lr_finder import find_lr
 from .models import BasicAttention, Ultimus, count_parameters
-from .training import RECIPES, evaluate, make_optimizer, make_scheduler
+from .training import RECIPES, Recipe, evaluate, make_optimizer, make_scheduler
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+    from torch.utils.tensorboard import SummaryWriter
 
 _all_ = ["Ultimus"]  # exported under its course name as it is
 
@@ -47,13 +53,13 @@ class basic_attn_model(BasicAttention):
         return F.log_softmax(super().forward(images), dim=1)
 
 # %% ../nbs/10_s9.ipynb #fd5c95b5
-counters = {kind: [] for kind in ("train_loss", "train_acc", "test_loss", "test_acc", "mis_img", "mis_pred", "mis_lbl",
-                                  "train_lr")}
+counters: dict[str, list[Any]] = {kind: [] for kind in ("train_loss", "train_acc", "test_loss", "test_acc", "mis_img", "mis_pred",
+                                                        "mis_lbl", "train_lr")}
 
 
-def ctr() -> Callable[[object, str], dict[str, list]]:
+def ctr() -> Callable[[object, str], dict[str, list[Any]]]:
     "Return `stats(value, kind)`, which appends a value to `counters[kind]` and returns `counters`."
-    def stats(value: object, kind: str) -> dict[str, list]:
+    def stats(value: object, kind: str) -> dict[str, list[Any]]:
         counters[kind].append(value)
         return counters
     return stats
@@ -62,8 +68,12 @@ def ctr() -> Callable[[object, str], dict[str, list]]:
 class stats_collector:
     "Collect statistics in lists: `losses`, `accuracy`, `img`, `pred`, `label`."
 
-    def __init__(self):
-        self.losses, self.accuracy, self.img, self.pred, self.label = [], [], [], [], []
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.accuracy: list[float] = []
+        self.img: list[Tensor] = []
+        self.pred: list[int] = []
+        self.label: list[int] = []
 
     def append_loss(self, loss: float) -> None:
         self.losses.append(loss)
@@ -91,9 +101,10 @@ class Alb_trans:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for a newer version on the network
         import albumentations as A
 
-        self.transforms, self._seed = A.Compose(list(transforms_list)), None
+        self.transforms = A.Compose(list(transforms_list))
+        self._seed: int | None = None  # of the worker and epoch
 
-    def __call__(self, img) -> np.ndarray:  # PIL image or array (H, W, C) -> array (C, H, W)
+    def __call__(self, img: "Image | np.ndarray") -> np.ndarray:  # (H, W, C) -> (C, H, W)
         seed = torch.initial_seed() % 2**32  # in a worker: its own, and another one each epoch
         if seed != self._seed:
             self.transforms.set_random_seed(seed)
@@ -101,6 +112,10 @@ class Alb_trans:
         return np.ascontiguousarray(self.transforms(image=np.array(img))["image"].transpose(2, 0, 1))
 
 # %% ../nbs/10_s9.ipynb #9ee70a02
+class _NamedDataset(ImageDataset):
+    classes: list[str]  # as torchvision's data sets have them
+
+
 def S9_CIFAR10_data_prep(
     batch: int,  # images a step
     source: str | os.PathLike | ImageData = "cifar10",  # or "shapes", a folder (see `load_data`), or a data set at hand
@@ -112,10 +127,10 @@ def S9_CIFAR10_data_prep(
     loaders = []
     for images, labels, augmentation in ((data.train_images, data.train_labels, RECIPES["upstream"].augmentation),
                                          (data.test_images, data.test_labels, NO_AUGMENTATION)):
-        dataset = ImageDataset(images, labels, AlbumentationsTransform(augmentation, _CIFAR10_MEAN, _CIFAR10_STD, seed))
+        dataset = _NamedDataset(images, labels, AlbumentationsTransform(augmentation, _CIFAR10_MEAN, _CIFAR10_STD, seed))
         dataset.classes = list(data.class_names)
         loaders.append(torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=2 * cuda, pin_memory=cuda))
-    return tuple(loaders)
+    return loaders[0], loaders[1]
 
 # %% ../nbs/10_s9.ipynb #80a0c4bc
 class train_losses:
@@ -136,8 +151,8 @@ class train_losses:
     def s9_train(
         self,
         current_epoch: int,  # from 0
-        scheduler,  # stepped after each batch; None: no schedule
-        tb_writer,  # `SummaryWriter`, gets `Train loss` and `LR` a step and `Acc/Train` an epoch
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None,  # stepped after each batch; None: no schedule
+        tb_writer: "SummaryWriter",  # gets `Train loss` and `LR` a step and `Acc/Train` an epoch
         L1_factor: float = 0,  # times the sum over parameter tensors of mean |w|, added to the loss
     ) -> None:
         "Train one epoch; count `train_loss` and `train_lr` of each step and `train_acc` in percent."
@@ -192,12 +207,12 @@ class test_losses:
     def s9_test(
         self,
         current_epoch: int,  # from 0
-        tb_writer,  # `SummaryWriter`, gets `Test loss` and `Acc/Test`
+        tb_writer: "SummaryWriter",  # gets `Test loss` and `Acc/Test`
     ) -> None:
         "Count `test_loss`, `test_acc` in percent, the last epoch's mistakes; leave the model in evaluation mode."
         last, kept = current_epoch == self.total_epochs - 1, []
 
-        def batches():
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for images, labels in self.test_loader:
                 if last:
                     kept.append(images)
@@ -223,7 +238,7 @@ class test_losses:
 # %% ../nbs/10_s9.ipynb #7f0173de
 def create_tensorboard_writer(
     *path: str | os.PathLike,  # folder for the events; none: a new one under runs/
-):  # torch.utils.tensorboard.SummaryWriter
+) -> "SummaryWriter":
     "Return the writer that training, testing and plots write to."
     from torch.utils.tensorboard import SummaryWriter
 
@@ -239,7 +254,7 @@ def _image_file(img_save_path: str | os.PathLike, name: str) -> Path:
     return path
 
 
-def _save(figure, path: Path, tb_writer=None, tag: str = "") -> None:
+def _save(figure: Any, path: Path, tb_writer: "SummaryWriter | None" = None, tag: str = "") -> None:
     "Write a figure as JPEG, add it to TensorBoard under `tag`, and show it in a notebook."
     from PIL import Image
 
@@ -253,7 +268,7 @@ def _save(figure, path: Path, tb_writer=None, tag: str = "") -> None:
             display.display(display.Image(filename=str(path)))
 
 
-def _new_figure(height: float):
+def _new_figure(height: float) -> "Figure":
     "Make a figure, height in inches, that `pyplot` does not know."
     from matplotlib.figure import Figure
 
@@ -297,7 +312,7 @@ def GRADCAM(
         raise InputError("there is no image to explain: images is empty")
     batch = torch.stack(list(images))
     explanations = {explanation.layer: explanation for explanation in explain(model, batch, labels, "grad_cam", target_layers)}
-    layers = [explanations[name].upsampled(tuple(batch.shape[2:]))[:, None] for name in target_layers]  # as ordered
+    layers = [explanations[name].upsampled(batch.shape[2:])[:, None] for name in target_layers]  # as ordered
     with undisturbed(model), torch.no_grad():
         output = model(batch.to(next(model.parameters()).device))
     probs, ids = output.sort(dim=1, descending=True)
@@ -313,7 +328,7 @@ class cifar10_plots:
     def __init__(
         self,
         img_save_path: str | os.PathLike,  # folder, or beginning of the file names
-        tb_writer,  # `SummaryWriter`
+        tb_writer: "SummaryWriter",
         class_names: Sequence[str] = _CLASS_NAMES,  # in label order
     ):
         self.channels_mean, self.channels_stdev = list(_CIFAR10_MEAN), list(_CIFAR10_STD)
@@ -327,7 +342,7 @@ class cifar10_plots:
         "Write `Train_Images.jpg`: five images of each class as the network gets them."
         from attn_cifar.visualization import plot_images
 
-        found = {label: [] for label in range(len(self.class_names))}
+        found: dict[int, list[Tensor]] = {label: [] for label in range(len(self.class_names))}
         for images, labels in trainloader:
             for image, label in zip(images.cpu(), labels.tolist(), strict=True):
                 if len(found[label]) < 5:
@@ -390,7 +405,7 @@ class cifar10_plots:
         figure = plot_explanations(explanations, torch.stack(list(images[a:b])), names, max_images=len(chosen),
                                    max_layers=len(explanations))
         for ax, index in zip(figure.axes, chosen, strict=False):  # the first row; a prediction instead of a probability
-            caption = self._caption(labels[index], predicted[index][0])
+            caption = self._caption(labels[index], int(predicted[index][0]))
             ax.set_title(caption, fontsize=9.5, fontweight="normal", loc="center")
         figure.suptitle(f"Mistakes {a + 1} to {a + len(chosen)}: true class (explained) → prediction", x=0.02,
                         ha="left", fontweight="bold")
@@ -415,14 +430,15 @@ class LRRangeFinder:
         epochs: int,  # passes over the loader: the learning rate rises once a batch
         start_lr: float,
         end_lr: float,
-        tb_writer,  # `SummaryWriter`, gets the learning rates as `Range_Test`
-        dataloader: Iterable,  # batches (images, labels), with a length
+        tb_writer: "SummaryWriter",  # gets the learning rates as `Range_Test`
+        dataloader: torch.utils.data.DataLoader | Collection,  # batches (images, labels)
         device: torch.device | str,
         img_save_path: str | os.PathLike,  # folder, or beginning of the file name
     ):
         self.model, self.epochs, self.start_lr, self.end_lr = model, epochs, start_lr, end_lr
         self.tb_writer, self.dataloader, self.device, self.img_save_path = tb_writer, dataloader, device, img_save_path
-        self.lr, self.loss = [], []  # of each step, the loss smoothed
+        self.lr: list[float] = []  # of each step
+        self.loss: list[float] = []  # likewise, smoothed
 
     def findLR(self) -> float:
         "Write `LRRange_Test.jpg` and return the learning rate to use. Raises `InputError`."
@@ -454,14 +470,14 @@ def s9_run_main(
     recipe = replace(RECIPES["upstream"], epochs=num_epochs, max_lr=maxlr)
     counters.update({kind: [] for kind in counters})
     out = Path(img_save_path)
-    trainloader, testloader = S9_CIFAR10_data_prep(recipe.batch_size, source)
-    classes = trainloader.dataset.classes
+    data = source if isinstance(source, ImageData) else load_data(source)
+    trainloader, testloader = S9_CIFAR10_data_prep(recipe.batch_size, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tb_writer = create_tensorboard_writer(out)
     try:
-        plot = cifar10_plots(out, tb_writer, classes)
+        plot = cifar10_plots(out, tb_writer, data.class_names)
         plot.plot_cifar10_train_imgs(trainloader)
-        model = basic_attn_model(num_classes=len(classes)).to(device)
+        model = basic_attn_model(num_classes=len(data.class_names)).to(device)
         print(f"basic_attn_model: {count_parameters(model):,} parameters")
         with warnings.catch_warnings():  # the tracer warns about shapes that are constant here
             warnings.simplefilter("ignore")
@@ -483,7 +499,8 @@ def s9_run_main(
     return " s9_run_main() ended successfully "
 
 
-def _train_and_test(model, trainloader, testloader, device, recipe, tb_writer) -> None:
+def _train_and_test(model: nn.Module, trainloader: torch.utils.data.DataLoader, testloader: torch.utils.data.DataLoader,
+                    device: torch.device, recipe: Recipe, tb_writer: "SummaryWriter") -> None:
     "Train for all epochs by the recipe, and test after each."
     optimizer = make_optimizer(model, recipe)
     scheduler = make_scheduler(optimizer, recipe, recipe.epochs * len(trainloader))

@@ -17,8 +17,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,12 @@ def measure_machine(
     result: dict[str, Any] = {"loop": "machine"}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, size, size, device=device).to(dtype)
-        seconds = _median_seconds(lambda a=a, b=b: a @ b, repeats)
+        seconds = _median_seconds(partial(torch.matmul, a, b), repeats)
         result[f"gflops_{str(dtype).removeprefix('torch.')}"] = 2 * size**3 / seconds / 1e9
     with keep_memory():
         for batch_size in (64, 512):
             batches = Batches.train(data, batch_size, RECIPE.augmentation, device=device)
-            seconds = _median_seconds(lambda batches=batches: [None for _ in batches], repeats)
+            seconds = _median_seconds(partial(deque, batches, maxlen=0), repeats)  # goes through them and keeps none
             result[f"augmentation_seconds_{batch_size}"] = seconds / len(data.train_labels)
     return result
 
@@ -72,21 +74,24 @@ def measure_attention(
     "Measure a training step of `spatial_attn`, its attention written as the formula and as PyTorch's fused one: images/s."
 
     class Fused(Ultimus):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
             return self.out(F.scaled_dot_product_attention(*self.project(x), scale=self.scale))
 
     engine = choose_engine(create_model("spatial_attn"), 0, data.train_images.shape[1])
     images, labels = next(iter(Batches.train(data, batch_size, RECIPE.augmentation, device=engine.device)))
     steps = {}
     for name in ("formula", "fused"):
-        model = create_model("spatial_attn", len(data.class_names)).to(engine.device, memory_format=torch.channels_last)
+        model = create_model("spatial_attn", len(data.class_names)).to(engine.device).to(memory_format=torch.channels_last)
         if name == "fused":
-            for block in model.blocks:
+            for block in model.get_submodule("blocks").children():
                 block.__class__ = Fused
         steps[name] = BatchLoss(model, RECIPE, engine)
+
+    def step(loss_of: BatchLoss) -> None:
+        loss_of.eager(images, labels)[0].backward()
+
     with keep_memory():
-        seconds = {name: _median_seconds(lambda loss_of=loss_of: loss_of.eager(images, labels)[0].backward(), repeats)
-                   for name, loss_of in steps.items()}
+        seconds = {name: _median_seconds(partial(step, loss_of), repeats) for name, loss_of in steps.items()}
     return {f"{name}_images_per_second": len(labels) / value for name, value in seconds.items()}
 
 
@@ -101,7 +106,7 @@ def measure_compilation(
         for compile in (False, True):
             model = create_model(name, len(data.class_names))
             engine = choose_engine(model, 0, data.train_images.shape[1], compile=compile)
-            model.to(engine.device, memory_format=torch.channels_last)
+            model.to(engine.device).to(memory_format=torch.channels_last)
             images, labels = next(iter(Batches.train(data, batch_size, RECIPE.augmentation, device=engine.device)))
             loss_of = BatchLoss(model, choose_recipe(None, RECIPE, {"batch_size": batch_size}), engine)
 
@@ -293,9 +298,9 @@ def speed(
 ) -> None:
     "Measure every loop that is installed here, the machine, and how ours grows; go on where it was stopped."
     path = Path(results or f"nbs/studies/results/speed{'_cuda' * torch.cuda.is_available()}.json")
-    stored = json.loads(path.read_text()) if path.exists() else {"study": "speed", "command": "attn-cifar study speed",
-                                                                 "flops_an_image": 6 * count_macs(create_model("basic_attn")),
-                                                                 "machine": describe_machine(), "measurements": []}
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {
+        "study": "speed", "command": "attn-cifar study speed", "flops_an_image": 6 * count_macs(create_model("basic_attn")),
+        "machine": describe_machine(), "measurements": []}
     stored["loops"] = available_loops()
     data = os.path.abspath(data) if Path(data).is_dir() else data
     images = images or (50_000 if torch.cuda.is_available() else 10_240)

@@ -208,7 +208,7 @@ def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
     "Return the CRC-32 of a text and of tensors' bytes."
     value = zlib.crc32(text.encode())
     for key in sorted(tensors):
-        value = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

@@ -30,7 +30,7 @@ from .training import Run, evaluate, load_run
 def summarize_run(run: Run) -> dict[str, Any]:
     "Return what a study stores of a run: configuration, multiply-accumulates, every epoch, seconds, last accuracy."
     config = {key: value for key, value in run.config.items() if key != "notes"}
-    return {**config, "macs": count_macs(run.model, config["data"]["image_size"]), "history": run.history,
+    return {**config, "macs": count_macs(run.need_model(), config["data"]["image_size"]), "history": run.history,
             "seconds": sum(row["seconds"] for row in run.history), "test_accuracy": run.history[-1]["test_accuracy"]}
 
 
@@ -75,7 +75,7 @@ def features_of(
 ) -> Tensor:  # float (count, D)
     "Return what the last layer of a model gets to see."
     found: list[Tensor] = []
-    hook = model.fc1.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].float()))
+    hook = model.get_submodule("fc1").register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].float()))
     try:
         evaluate(model, data.subset(len(data.class_names), count))
     finally:
@@ -102,7 +102,8 @@ def reproduction(data: str = "cifar10", out: str = "runs/reproduction",
     images = load_data(data)
     models = "basic_attn", "basic_attn_tied", "spatial_attn"
     runs = train_each([(name, seed) for seed in seeds for name in models], images, Path(out))
-    store_results(results, "reproduction", runs, directions=[participation_ratio(features_of(run.model, images)) for run in runs])
+    directions = [participation_ratio(features_of(run.need_model(), images)) for run in runs]
+    store_results(results, "reproduction", runs, directions=directions)
     print(f"\n{format_table(runs)}\n\nstored in {results}")
 
 

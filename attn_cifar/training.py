@@ -28,11 +28,13 @@ from torch import Tensor, nn
 from .data import Batches, ImageData, InputError, unnormalize
 from .models import count_parameters
 from .processes import Processes, join_processes
-from attn_cifar.recipes import (  # noqa: F401, handed on: one import serves a whole training
-    RECIPES, BatchLoss, Engine, Recipe, autocast, choose_engine, choose_recipe, current_momentum, keep_memory, make_optimizer,
-    make_scheduler)
-from .runs import (  # noqa: F401, likewise
-    Evaluation, Run, describe_machine, evaluate, load_run, read_config, refuse_other_run, write_csv, write_text)
+from .recipes import (  # handed on, which `as` says: one import serves a whole training
+    RECIPES as RECIPES, BatchLoss as BatchLoss, Engine as Engine, Recipe as Recipe, autocast as autocast,
+    choose_engine as choose_engine, choose_recipe as choose_recipe, current_momentum as current_momentum,
+    keep_memory as keep_memory, make_optimizer as make_optimizer, make_scheduler as make_scheduler)
+from .runs import (  # likewise
+    Evaluation as Evaluation, Run as Run, describe_machine as describe_machine, evaluate as evaluate, load_run as load_run,
+    read_config as read_config, refuse_other_run as refuse_other_run, write_csv as write_csv, write_text as write_text)
 from .state import TrainingState, unwrap, write_tensors
 
 _log = logging.getLogger("attn_cifar")
@@ -69,8 +71,8 @@ class _Totals:
 
     def read(self, earlier: list[float]) -> tuple[dict[str, list[float]], int]:
         "Return each step's numbers and the right answers; `earlier` are the losses before. Raises `FloatingPointError`."
-        losses, correct = self.gather()
-        losses = losses[:len(self.sizes)].tolist()
+        gathered, correct = self.gather()
+        losses: list[float] = gathered[:len(self.sizes)].tolist()
         if not np.isfinite(losses).all():
             bad = int(np.flatnonzero(~np.isfinite(losses))[0])
             raise FloatingPointError(f"the loss is {losses[bad]} at step {len(earlier) + bad + 1}, learning rate "
@@ -173,6 +175,7 @@ def fit(
                        "mean": list(data.mean), "std": list(data.std)},
               "machine": describe_machine(), "notes": notes or {}}
     folder, first = None if out is None else Path(out), processes.rank == 0
+    checkpoint = None if folder is None else folder / CHECKPOINT
     for rank, theirs in enumerate(processes.gather(config)):
         _refuse_difference(theirs, config, f"process {rank} was started for another run than process {processes.rank}")
     if folder is not None:
@@ -185,7 +188,7 @@ def fit(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # NVIDIA's library is deterministic with fixed buffers only
     torch.use_deterministic_algorithms(deterministic)
-    model.to(engine.device, memory_format=torch.channels_last).train()
+    model.to(engine.device).to(memory_format=torch.channels_last).train()
     batches = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device, rank=processes.rank,
                             count=processes.count)
     optimizer = make_optimizer(model, recipe)
@@ -197,28 +200,29 @@ def fit(
     share = len(range(processes.rank, recipe.batch_size, processes.count))
     loss_of, pace = BatchLoss(model, recipe, engine, share), _Pace(checkpoint_seconds)
     logger = None
-    if folder is not None:
-        if processes.from_first((folder / CHECKPOINT).exists):
-            stored = state.load(folder / CHECKPOINT)
+    if checkpoint is not None:
+        if processes.from_first(checkpoint.exists):
+            stored = state.load(checkpoint)
             run.history, run.steps = stored["history"], stored["steps"]
             if totals.sizes:  # stopped inside an epoch
                 batches.resume()
         logger = _Logger(run, data, batches) if first else None
 
     def save() -> None:
+        if checkpoint is None:
+            return
         totals.read(run.steps["loss"])  # never write a loss that is no number over a good checkpoint
         with pace.saving():
-            state.save(folder / CHECKPOINT, history=run.history, steps=run.steps)
+            state.save(checkpoint, history=run.history, steps=run.steps)
             processes.agree(0)  # nobody ends while the first one still writes
 
     with _StopRequest() as stop, keep_memory():
         try:
             for epoch in range(len(run.history), recipe.epochs):
                 for _ in _steps(loss_of, batches, optimizer, scheduler, scaler, totals, verbose and first):
-                    due = first and folder is not None and pace.due()  # as a wish, 1: less than any signal's number
+                    due = first and checkpoint is not None and pace.due()  # as a wish, 1: less than any signal's number
                     if wish := processes.agree(stop.received or int(due)):
-                        if folder is not None:
-                            save()
+                        save()
                         stop.answer(wish if wish > 1 else None)
                 steps, correct = totals.read(run.steps["loss"])
                 for name, values in steps.items():
@@ -231,8 +235,7 @@ def fit(
                     print(_line(run.history[-1], recipe.epochs), flush=True)
                 if len(run.history) == min(2, recipe.epochs) and first:
                     _call_out_standstill(run)
-                if folder is not None:
-                    save()
+                save()
                 if logger is not None:
                     logger.write()
                 stop.answer(processes.agree(stop.received or 0))
@@ -241,8 +244,8 @@ def fit(
                 if logger is not None:
                     logger.write()
         except (FloatingPointError, ConnectionError) as error:
-            good = folder is not None and (folder / CHECKPOINT).exists()
-            where = f"; the last good checkpoint is in {folder / CHECKPOINT.parent}" if good else ""
+            good = checkpoint if checkpoint is not None and checkpoint.exists() else None
+            where = f"; the last good checkpoint is in {good.parent}" if good else ""
             raise type(error)(f"{error}{where}") from None
         finally:
             if logger is not None:
@@ -254,7 +257,10 @@ def fit(
 CHECKPOINT = Path("checkpoint") / "state.safetensors"  # inside a run folder
 
 
-def _steps(loss_of: BatchLoss, batches: Batches, optimizer, scheduler, scaler, totals: _Totals, verbose: bool) -> Iterator[None]:
+def _steps(
+    loss_of: BatchLoss, batches: Batches, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler, totals: _Totals, verbose: bool,
+) -> Iterator[None]:
     "Train what is left of an epoch, without once waiting for the device; yield after every step."
     from tqdm import tqdm
 
@@ -264,7 +270,9 @@ def _steps(loss_of: BatchLoss, batches: Batches, optimizer, scheduler, scaler, t
                                leave=False, unit="step"):
         if on_gpu:
             torch.compiler.cudagraph_mark_step_begin()
-        size, loss, right = batches.size(len(totals.sizes)), 0.0, 0
+        size = batches.size(len(totals.sizes))
+        loss: Tensor | float = 0.0
+        right: Tensor | int = 0
         optimizer.zero_grad()
         if len(labels):
             loss, right = loss_of(images, labels)
@@ -307,10 +315,10 @@ def _average_buffers(model: nn.Module, processes: Processes) -> None:
 
 def _summarize(epoch: int, totals: _Totals, correct: int, run: Run) -> dict[str, float]:
     "Return an epoch's row of the history; `run` has its steps and its evaluation already."
-    losses = run.steps["loss"][-len(totals.sizes):]
+    losses, evaluation = run.steps["loss"][-len(totals.sizes):], run.need_evaluation()
     return {"epoch": epoch + 1, "train_loss": float(np.average(losses, weights=totals.sizes)),
-            "train_accuracy": correct / sum(totals.sizes), "test_loss": run.evaluation.loss,
-            "test_accuracy": run.evaluation.accuracy, "lr": run.steps["lr"][-1], "seconds": totals.seconds}
+            "train_accuracy": correct / sum(totals.sizes), "test_loss": evaluation.loss,
+            "test_accuracy": evaluation.accuracy, "lr": run.steps["lr"][-1], "seconds": totals.seconds}
 
 
 def _call_out_standstill(run: Run) -> None:
@@ -371,12 +379,13 @@ class _Logger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run, self.data, self.steps, self.epochs = run, data, 0, 0
-        shutil.rmtree(run.folder / "tensorboard", ignore_errors=True)  # a resumed run writes all its points again
-        self.writer = SummaryWriter(str(run.folder / "tensorboard"))
+        self.folder, self.model = run.need_folder(), run.need_model()
+        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # a resumed run writes all its points again
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
         self.writer.add_images("Train-Images", self._pictures(batches))
         with warnings.catch_warnings():  # the tracer warns about shapes that are constant here
             warnings.simplefilter("ignore")
-            model = copy.deepcopy(run.model).eval()  # tracing would touch the batch statistics
+            model = copy.deepcopy(self.model).eval()  # tracing would touch the batch statistics
             self.writer.add_graph(model, next(model.parameters()).new_zeros(1, 3, *data.train_images.shape[1:3]))
         self._write_tables()
 
@@ -396,16 +405,16 @@ class _Logger:
                 self.writer.add_scalar(tag, row[name], row["epoch"])
         self.steps, self.epochs = len(run.steps["loss"]), len(run.history)
         self.writer.flush()
-        write_csv(run.folder / "metrics.csv", [{key: row[key] for key in row if key != "seconds"} for row in run.history])
-        write_csv(run.folder / "timing.csv", [{"seconds": row["seconds"]} for row in run.history])  # no two runs agree in it
+        write_csv(self.folder / "metrics.csv", [{key: row[key] for key in row if key != "seconds"} for row in run.history])
+        write_csv(self.folder / "timing.csv", [{"seconds": row["seconds"]} for row in run.history])  # no two runs agree in it
         rows = [dict(zip(run.steps, row, strict=True)) for row in zip(*run.steps.values(), strict=True)]
-        write_csv(run.folder / "steps.csv", rows)
+        write_csv(self.folder / "steps.csv", rows)
 
     def write(self) -> None:
         "Write everything that can be read without the checkpoint."
         self._write_tables()
-        write_tensors(self.run.folder / "model.safetensors", self.run.model.state_dict())
-        self.run.evaluation.save(self.run.folder / "evaluation.safetensors")
+        write_tensors(self.folder / "model.safetensors", self.model.state_dict())
+        self.run.need_evaluation().save(self.folder / "evaluation.safetensors")
 
     def close(self) -> None:
         "Add the mistakes to TensorBoard and close it."

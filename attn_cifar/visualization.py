@@ -12,6 +12,7 @@ import functools
 import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +23,16 @@ from .diagram import draw_network, drawing_height, trace_network
 from .explain import Explanation
 from .state import unwrap
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+    from attn_cifar.lr_curve import LRRangeTest
+    from attn_cifar.runs import Evaluation, Run
+
 # %% ../nbs/06_visualization.ipynb #03deac01
 COLORS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "grey": "#6B7280"}
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's names
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10,
     "figure.titlesize": 12, "figure.titleweight": "bold", "figure.facecolor": "white", "savefig.facecolor": "white",
@@ -38,11 +46,15 @@ DPI = 80
 MAX_STORED = 90_000  # bytes of a figure in a notebook before its colours are reduced
 
 
-def styled(plot: Callable) -> Callable:
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def styled(plot: Callable[_P, _R]) -> Callable[_P, _R]:
     "Give `plot` the look of the library, and nobody else."
 
     @functools.wraps(plot)
-    def styled(*arguments, **options):
+    def styled(*arguments: _P.args, **options: _P.kwargs) -> _R:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
@@ -51,7 +63,7 @@ def styled(plot: Callable) -> Callable:
     return styled
 
 
-def _png(figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
     "Render `figure` as the PNG that a notebook shows and stores: 256 colours where photographs make it large."
     from PIL import Image
 
@@ -61,25 +73,25 @@ def _png(figure) -> bytes:
         return buffer.getvalue()
     full = Image.open(buffer).convert("RGB")
     reduced = full.quantize(256)
-    colors = np.reshape(reduced.getpalette(), (-1, 3))
+    colors = np.array(reduced.getpalette()).reshape(-1, 3)
     colors[colors.sum(1).argmax()] = 255  # the background stays white
     reduced.putpalette(colors.ravel().tolist())
     reduced.save(small, format="png", optimize=True)
     return small.getvalue()
 
 
-def _new_figure(height: float, width: float = WIDTH):
+def _new_figure(height: float, width: float = WIDTH) -> "Figure":
     "Make a figure (sizes in inches) that `pyplot` does not know and that shows itself in a notebook."
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="compressed")
+    figure: Any = Figure(figsize=(width, height), dpi=DPI, layout="compressed")  # it gets one method more
     figure._repr_png_ = functools.partial(_png, figure)
     return figure
 
 
-def new_axes(height: float, width: float = WIDTH):
+def new_axes(height: float, width: float = WIDTH) -> "Axes":
     "Make one axes on a new figure of its own."
-    ax = _new_figure(height, width).add_subplot()
+    ax: Any = _new_figure(height, width).add_subplot()
     ax._repr_png_ = ax.figure._repr_png_
     return ax
 
@@ -102,8 +114,8 @@ def plot_images(
     per_class: int = 5,  # images of each class, 1 or more
     augmentation: Augmentation = NO_AUGMENTATION,  # as in `Batches`: none unless given
     seed: int = 0,  # of the choice of images and of their augmentation
-    ax=None,  # matplotlib Axes; None: a new one
-):
+    ax: "Axes | None" = None,  # None: a new one
+) -> "Axes":
     "Show training images as the network gets them, one row of `per_class` for each class (at most 20 classes)."
     if per_class < 1:
         raise InputError(f"per_class must be 1 or more, got {per_class}")
@@ -144,13 +156,13 @@ SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["o
 
 @styled
 def plot_history(
-    history,  # a `Run`, or its `history`: one mapping for each epoch
-    fig=None,  # matplotlib Figure or SubFigure; None: a new one
-):
+    history: "Run | Sequence[Mapping[str, float]]",  # a run, or its `history`: one mapping for each epoch
+    fig: "Figure | SubFigure | None" = None,  # None: a new one
+) -> "Figure | Any":  # a SubFigure, where one was given
     "Plot loss and accuracy of both splits over the epochs, in two panels; return the figure."
     from matplotlib.ticker import MaxNLocator
 
-    rows = getattr(history, "history", history)
+    rows: Any = getattr(history, "history", history)
     if not rows:
         raise InputError("the history is empty: no epoch has been finished yet")
     fig = fig or _new_figure(4.8)
@@ -179,13 +191,13 @@ def plot_history(
 # %% ../nbs/06_visualization.ipynb #d7442807
 @styled
 def plot_schedule(
-    steps,  # a `Run`, its `steps` ("lr" and, if it moves, "momentum", one value a step), or the learning rates alone
-    ax=None,  # matplotlib Axes; None: a new one
-):
+    steps: "Run | Mapping[str, Sequence[float]] | Sequence[float]",  # a run, its `steps` ("lr", "momentum"), or "lr" alone
+    ax: "Axes | None" = None,  # None: a new one
+) -> "Axes":
     "Plot learning rate and momentum over all steps, on two vertical axes; return the one of the learning rate."
-    steps = getattr(steps, "steps", steps)
-    steps = steps if isinstance(steps, Mapping) else {"lr": steps}
-    rates = np.asarray(steps["lr"], dtype=float)
+    found: Any = getattr(steps, "steps", steps)
+    curves: Mapping[str, Any] = found if isinstance(found, Mapping) else {"lr": found}
+    rates = np.asarray(curves["lr"], dtype=float)
     if not len(rates):
         raise InputError("the schedule is empty: no step has been made yet")
     ax = ax or new_axes(3.1)
@@ -197,9 +209,9 @@ def plot_schedule(
     ax.set(xlabel="step", ylabel="learning rate", title="Schedule")
     ax.yaxis.label.set_color(COLORS["blue"])
     ax.set_ylim(0, rates.max() * 1.15 or 1)
-    if steps.get("momentum") is not None and len(steps["momentum"]):
+    if curves.get("momentum") is not None and len(curves["momentum"]):
         twin = ax.twinx()
-        twin.plot(np.asarray(steps["momentum"], dtype=float), color=COLORS["orange"], linestyle="--", label="momentum")
+        twin.plot(np.asarray(curves["momentum"], dtype=float), color=COLORS["orange"], linestyle="--", label="momentum")
         twin.set_ylabel("momentum (Adam: β₁)", color=COLORS["orange"])
         twin.spines["right"].set_visible(True)
         twin.grid(False)
@@ -209,9 +221,9 @@ def plot_schedule(
 # %% ../nbs/06_visualization.ipynb #ebbdb40a
 @styled
 def plot_lr_find(
-    result,  # an `LRRangeTest`
-    ax=None,  # matplotlib Axes; None: a new one
-):
+    result: "LRRangeTest",
+    ax: "Axes | None" = None,  # None: a new one
+) -> "Axes":
     "Plot an LR range test: raw and smoothed loss over the learning rate, the trials' losses, the suggestion and its range."
     ax = ax or new_axes(3.4)
     rates, losses, smoothed = (np.asarray(getattr(result, name), dtype=float) for name in ("lrs", "losses", "smoothed"))
@@ -231,7 +243,7 @@ def plot_lr_find(
         ax.axvline(result.suggestion, color=COLORS["orange"], linestyle="--", linewidth=1.5, label="_suggestion")
         line = tried.T if len(tried) else (rates[: len(smoothed)], smoothed)
         height = np.interp(np.log(result.suggestion), np.log(line[0]), line[1])
-        if result.low is not None:
+        if result.low is not None and result.high is not None:
             ax.axvspan(result.low, result.high, color=COLORS["orange"], alpha=0.12, linewidth=0)
         ax.plot([result.suggestion], [height], "o", color=COLORS["orange"], markersize=8,
                 label=f"suggestion {result.suggestion:.3g}")
@@ -250,9 +262,9 @@ MAX_CELL_TEXT = 20  # classes up to which `plot_confusion` writes numbers
 
 @styled
 def plot_confusion(
-    evaluation,  # an `Evaluation`: confusion (C, C), rows true, and class_names
-    ax=None,  # matplotlib Axes; None: a new one, larger for many classes
-):
+    evaluation: "Evaluation",  # its confusion (C, C), rows true, and class_names
+    ax: "Axes | None" = None,  # None: a new one, larger for many classes
+) -> "Axes":
     "Plot the confusion matrix in percent of each true class."
     counts = np.asarray(evaluation.confusion, dtype=float)
     shares = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
@@ -281,11 +293,11 @@ def plot_confusion(
 # %% ../nbs/06_visualization.ipynb #afdc9a7c
 @styled
 def plot_misclassified(
-    evaluation,  # an `Evaluation` of the test images of `data`
+    evaluation: "Evaluation",  # of the test images of `data`
     data: ImageData,
     n: int = 20,  # images, 1 or more
-    fig=None,  # matplotlib Figure or SubFigure; None: a new one
-):
+    fig: "Figure | SubFigure | None" = None,  # None: a new one
+) -> "Figure | Any":  # a SubFigure, where one was given
     "Show the `n` most confident mistakes, each with its true class, the predicted one and its probability."
     if n < 1:
         raise InputError(f"n must be 1 or more, got {n}")
@@ -315,17 +327,26 @@ def plot_misclassified(
 HEAT = "inferno"  # perceptually uniform, its brightness alone carries the order
 
 
+class _Preprocessed(Protocol):
+    @property
+    def class_names(self) -> Sequence[str]: ...
+    @property
+    def mean(self) -> Sequence[float]: ...
+    @property
+    def std(self) -> Sequence[float]: ...
+
+
 @styled
 def plot_explanations(
     explanations: Sequence[Explanation],  # as `explain` returns them
     images: torch.Tensor,  # the images explained, float (B, 3, H, W), normalised
-    data: ImageData,  # or anything else with mean, std and class_names
+    data: _Preprocessed,  # an `ImageData`, or anything else with mean, std and class_names
     labels: Sequence[int] | torch.Tensor | None = None,  # true classes (B,), if known
     max_layers: int = 4,  # rows: the last so many explanations
     max_images: int = 5,  # columns: the first so many images
     verdicts: Sequence[str] | None = None,  # a word for each explanation, as `check_explanations` finds it
-    fig=None,  # matplotlib Figure or SubFigure; None: a new one
-):
+    fig: "Figure | SubFigure | None" = None,  # None: a new one
+) -> "Figure | Any":  # a SubFigure, where one was given
     "Lay explanations over the images: a row for each layer under the images themselves."
     explanations, verdicts = list(explanations)[-max_layers:], list(verdicts or [])[-max_layers:]
     if not explanations:
@@ -355,7 +376,7 @@ def plot_explanations(
         ax.spines[:].set_visible(False)
     from matplotlib.cm import ScalarMappable
 
-    bar = fig.colorbar(ScalarMappable(cmap=HEAT), ax=panels, location="bottom", shrink=0.6, aspect=40, pad=0.02,
+    bar: Any = fig.colorbar(ScalarMappable(cmap=HEAT), ax=panels, location="bottom", shrink=0.6, aspect=40, pad=0.02,
                        ticks=[])
     bar.set_label("lowest to highest value of each map")
     bar.outline.set_visible(False)
@@ -375,7 +396,7 @@ def overlay(picture: np.ndarray, heat: np.ndarray, empty: bool) -> np.ndarray:
     return grey if empty else (1 - weight) * grey + weight * colormaps[HEAT](heat)[..., :3]
 
 
-def _caption(explanation: Explanation, index: int, data: ImageData, labels) -> str:
+def _caption(explanation: Explanation, index: int, data: _Preprocessed, labels: Sequence[int] | torch.Tensor | None) -> str:
     "Name the true class, if known, and the explained class with its probability."
     explained = short_name(data.class_names[int(explanation.targets[index])], 11)
     text = f"{explained}\n{100 * float(explanation.probabilities[index]):.0f} %"
@@ -386,8 +407,8 @@ def _caption(explanation: Explanation, index: int, data: ImageData, labels) -> s
 def plot_network(
     model: nn.Module,  # any network that takes images (B, 3, H, W); left as it was
     image_size: int = 32,  # side in pixels
-    ax=None,  # matplotlib Axes; None: a new one, as high as the network is deep
-):
+    ax: "Axes | None" = None,  # None: a new one, as high as the network is deep
+) -> "Axes":
     "Draw the network from top to bottom: its parts with parameters, the shapes between them, residuals beside them."
     parts = trace_network(model, image_size)
     ax = ax or new_axes(drawing_height(parts) + 0.75)

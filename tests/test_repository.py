@@ -107,9 +107,12 @@ def exported_modules() -> dict[str, Path]:
 
 
 def imports_of(module: Path) -> set[str]:
-    """Return the modules of attn_cifar that a module imports anywhere, inside functions too."""
+    """Return the modules of attn_cifar that a module imports anywhere, inside functions too, but not for type checkers alone."""
+    nodes = list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
+    never_run = {inner for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+                 for inner in ast.walk(node)}
     names: set[str] = set()
-    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+    for node in (node for node in nodes if node not in never_run):
         if isinstance(node, ast.ImportFrom):
             path = "attn_cifar." * bool(node.level) + (node.module or "")
             names |= {path.rstrip("."), *(f"{path.rstrip('.')}.{alias.name}" for alias in node.names)}

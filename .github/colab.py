@@ -1,0 +1,114 @@
+"""Give every numbered notebook its Colab badge, first cell and GPU runtime; `--try` executes them as Colab would."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from configparser import ConfigParser
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMES = ROOT / "nbs" / "studies" / "results" / "notebooks.json"
+EXTRAS = {"timm": "timm", "pytorch_grad_cam": "grad-cam", "captum": "captum", "torch_lr_finder": "torch-lr-finder",
+          "hypothesis": "hypothesis", "gradio": "gradio", "onnxruntime": "onnx onnxruntime onnxscript"}  # what a notebook imports
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link}) {words}"
+CELL = """#| hide
+# On Colab: install the package (Colab's own torch stays) and use CIFAR-10; elsewhere this does nothing.
+import os
+from importlib.util import find_spec
+
+if find_spec("google") and find_spec("google.colab"):
+    %pip install -q {packages}
+    os.environ.setdefault("ATTN_CIFAR_DATA", "cifar10")"""
+
+
+def notebooks() -> list[Path]:
+    """Return the notebooks that run on Colab, in their order."""
+    numbered = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
+    return [*numbered, *(ROOT / "nbs").glob("colab_*.ipynb")]
+
+
+def head_of(path: Path, cells: list[dict]) -> tuple[str, str]:
+    """Return the text with the badge and the first code cell of a notebook."""
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    address = settings["DEFAULT"]["git_url"].removeprefix("https://github.com/").strip("/")  # empty: Colab asks for the file
+    link = f"https://colab.research.google.com/github/{address}/blob/main/nbs/{path.name}" if address else (
+        "https://colab.research.google.com")
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    wanted = [package for module, package in EXTRAS.items() if re.search(rf"^\s*(import|from) {module}\b", source, re.MULTILINE)]
+    seconds = json.loads(TIMES.read_text(encoding="utf-8"))["seconds"].get(path.stem) if TIMES.exists() else None
+    words = "" if seconds is None else (
+        f"{say(seconds)} on two processor cores without a GPU, and no more is expected of Colab's T4.")
+    return BADGE.format(link=link, words=words).strip(), CELL.format(packages=" ".join(["attn_cifar", *wanted]))
+
+
+def say(seconds: float) -> str:
+    """Return a time in words."""
+    return "Less than a minute" if seconds < 50 else f"About {max(1, round(seconds / 60))} minute{'s' * (seconds >= 90)}"
+
+
+def stamp(path: Path) -> bool:
+    """Write a notebook's head where it is missing or another; tell whether anything changed."""
+    before = path.read_text(encoding="utf-8")
+    notebook = json.loads(before)
+    cells = [cell for cell in notebook["cells"] if cell["id"] not in ("colab-badge", "colab-cell")]
+    text, code = head_of(path, cells)
+    head = [{"cell_type": "markdown", "id": "colab-badge", "metadata": {}, "source": text.splitlines(True)},
+            {"cell_type": "code", "execution_count": None, "id": "colab-cell", "metadata": {}, "outputs": [],
+             "source": code.splitlines(True)}]
+    notebook["cells"] = [cells[0], *head, *cells[1:]]
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    notebook["metadata"] = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}, "kernelspec": kernel}
+    after = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(after, encoding="utf-8")
+    return after != before
+
+
+def imitate(data: str, python: str) -> None:
+    """Execute the notebooks, alone and in their order, as Colab would; store how long each takes. Needs the network for pip."""
+    with tempfile.TemporaryDirectory() as folder:
+        home, alone = Path(folder), Path(folder) / "content"
+        (home / "site" / "google" / "colab").mkdir(parents=True)
+        (home / "site" / "google" / "colab" / "__init__.py").touch()
+        alone.mkdir()
+        copy = shutil.copytree(ROOT, home / "source", ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "_docs", "build"))
+        run = partial(subprocess.run, check=True)
+        run([python, "-m", "venv", str(home / "venv")])
+        colab = [str(home / "venv" / "bin" / "python"), "-m"]
+        run([*colab, "pip", "install", "-q", "torch", "torchvision", "nbconvert", "ipykernel"])  # what Colab has before the first cell
+        run([*colab, "pip", "wheel", "-q", "--no-deps", "-w", str(home / "wheels"), str(copy)])
+        torch = run([colab[0], "-c", "import torch; print(torch.__version__)"], capture_output=True).stdout
+        environment = {**os.environ, "PYTHONPATH": str(home / "site"), "ATTN_CIFAR_DATA": data, "HOME": str(home),
+                       "PIP_FIND_LINKS": str(home / "wheels"), "PATH": f"{home / 'venv' / 'bin'}:{os.environ['PATH']}"}
+        found: dict[str, float] = {}
+        for path in notebooks():
+            shutil.copy(path, alone)
+            started = time.perf_counter()
+            run([*colab, "nbconvert", "--log-level", "ERROR", "--to", "notebook", "--execute", "--inplace", path.name], cwd=alone,
+                env=environment)
+            found[path.stem] = round(time.perf_counter() - started, 1)
+            print(path.stem, found[path.stem], flush=True)
+        after = run([colab[0], "-c", "import torch; print(torch.__version__)"], capture_output=True).stdout
+        assert after == torch, "the notebooks replaced the torch that was there"
+        shutil.copytree(alone, ROOT / "build" / "colab", dirs_exist_ok=True, ignore=lambda _, names: [
+            name for name in names if not name.endswith(".ipynb")])
+    stored = {"command": "python .github/colab.py --try", "data": Path(data).name, "seconds": found}
+    TIMES.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--try", action="store_true", dest="attempt", help="execute all notebooks in an imitated Colab")
+    parser.add_argument("--data", default="cifar10", help="a source of images, as for attn-cifar train")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter to imitate Colab with")
+    arguments = parser.parse_args()
+    if arguments.attempt:
+        imitate(arguments.data, arguments.python)
+    print(f"{sum(map(stamp, notebooks()))} notebooks changed")
