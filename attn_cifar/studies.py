@@ -20,6 +20,7 @@ from .data import ImageData, InputError, load_data
 from .explanations import explanations
 from .finders import lr_finders
 from .ladder import ladder
+from .larger import beyond
 from .lr_finder import fit_with_suggestion
 from .models import count_macs, create_model
 from .report import make_report
@@ -116,7 +117,7 @@ def store_results(path: str | os.PathLike, study: str, runs: list[Run], **column
 
 
 STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reproduction, "ladder": ladder, "speed": speed,
-                                          "lr_finders": lr_finders, "explanations": explanations}
+                                          "lr_finders": lr_finders, "explanations": explanations, "beyond": beyond}
 
 
 def run_study(

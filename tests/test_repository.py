@@ -76,6 +76,7 @@ def test_stored_outputs(notebook):
         for output in cell.get("outputs", []):
             assert output["output_type"] != "error", f"an error is stored {where}"
             assert output.get("name") != "stderr", f"warnings or a progress bar are stored {where}"
+            assert not re.search(r"\d%\|.*\| *\d+/\d+", stored_text(output)), f"a progress bar is stored {where}"
             found = HOME_PATH.search(stored_text(output))
             assert not found, f"a path of one machine is stored {where}: {found.string[found.start():][:80]!r}"
         found = HOME_PATH.search("".join(cell["source"]))
