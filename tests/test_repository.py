@@ -2,14 +2,17 @@
 
 import ast
 import json
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import types
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,3 +143,46 @@ def test_light_modules_bring_in_no_heavy_library():
             f"print(*sorted({heavy!r} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not done.stdout.split(), f"import these when first needed: {done.stdout}"
+
+
+def test_hooks_clean_on_saving_and_merge_cell_by_cell(tmp_path):
+    """Two people who ran the same notebook and changed different cells get both changes, not a conflict in execution counts."""
+    home, project = tmp_path / "home", tmp_path / "project"
+    home.mkdir()
+    (project / "nbs").mkdir(parents=True)
+    for name in ("settings.ini", ".gitattributes", ".gitconfig", ".gitignore"):
+        shutil.copy(ROOT / name, project)
+    run = {"cwd": project, "capture_output": True, "text": True, "check": True}
+    run["env"] = {**os.environ, "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    path = project / "nbs" / "00_it.ipynb"
+
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments], **run)
+
+    def commit(count: int, words: str, other: str) -> None:
+        cells = [{"cell_type": "code", "id": f"cell{i}", "execution_count": count, "metadata": {}, "source": [text],
+                  "outputs": [{"output_type": "stream", "name": "stdout", "text": [f"{count}\\n"]}]}
+                 for i, text in enumerate((words, other))]
+        content = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        git("add", "-A")
+        git("commit", "-qm", "a change")
+
+    git("init", "-q", "-b", "main")
+    subprocess.run(["nbdev_install_hooks"], **run)
+    commit(1, "print(1)", "a = 2")
+    git("checkout", "-qb", "theirs")
+    commit(7, "print(1)", "a = 3")
+    git("checkout", "-q", "main")
+    commit(5, "print(5)", "a = 2")
+    git("merge", "-q", "--no-edit", "theirs")
+    cells = json.loads(path.read_text())["cells"]
+    assert ["".join(cell["source"]) for cell in cells] == ["print(5)", "a = 3"]
+    status = subprocess.run(["git", "status", "--short"], **run).stdout
+    assert not status, f"installing the hooks leaves something to commit: {status}"
+
+    save = runpy.run_path(str(home / ".jupyter" / "jupyter_server_config.py"),
+                          {"c": types.SimpleNamespace(ContentsManager=types.SimpleNamespace())})["nbdev_clean_jupyter"]
+    model = {"type": "notebook", "content": nbformat.read(path, 4)}
+    save(path=str(path), model=model)
+    assert all(cell["execution_count"] is None for cell in model["content"]["cells"])
