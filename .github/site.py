@@ -17,7 +17,7 @@ OUT = ROOT / "_docs"
 CONFIGURATION = """
 project, author, version = {name!r}, {author!r}, {version!r}
 copyright = {copyright!r}
-extensions = ["myst_nb", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx-mathjax-offline"]
 nb_execution_mode = "off"  # the outputs are those that the notebooks store
 nb_merge_streams = True
 nb_render_markdown_format = "gfm"  # tables in outputs
@@ -183,7 +183,7 @@ def main() -> int:
         source, made = Path(folder, "source"), Path(folder, "site")  # MyST-NB writes beside the site, too
         source.mkdir()
         write_source(source)
-        command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "auto", str(source), str(made)]
+        command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", str(source), str(made)]
         done = subprocess.run(command)
         shutil.rmtree(OUT, ignore_errors=True)
         shutil.copytree(made, OUT, ignore=shutil.ignore_patterns(".doctrees"))

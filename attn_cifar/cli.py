@@ -101,6 +101,8 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
 
     source = arguments.data or "cifar10"
     out = Path(arguments.out or f"runs/{arguments.model}-{Path(source).name}-seed{arguments.seed}")
+    if Path(source).is_dir() and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"{out} lies inside the folder of images, which would take it for a class: name another one with --out")
     processes = join_processes(arguments.device)
     processes.from_first(lambda: refuse_other_run(out, arguments.resume))
     changes = {name: value for name in ("epochs", "batch_size") if (value := getattr(arguments, name)) is not None}

@@ -46,6 +46,11 @@ class ImageData:
     std: tuple[float, ...]  # likewise
     name: str  # the source: "cifar10", "shapes", or the folder's name
 
+    def __repr__(self) -> str:
+        height, width = self.train_images.shape[1:3]
+        return (f"ImageData({self.name!r}: {len(self.train_labels):,} training and {len(self.test_labels):,} test images of "
+                f"{height}×{width} pixels, {len(self.class_names)} classes)")
+
     def split(
         self,
         valid: int = 5000,  # how many training images to hold out

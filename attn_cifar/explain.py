@@ -28,6 +28,10 @@ class Explanation:
     targets: torch.Tensor  # int64 (B,), the class each map is about
     probabilities: torch.Tensor  # float32 (B,), 0..1: what the model gives that class
 
+    def __repr__(self) -> str:
+        count, height, width = self.maps.shape
+        return f"Explanation({self.method} of {self.layer or 'the network'}: {count} maps of {height}×{width})"
+
     @property
     def empty(self) -> torch.Tensor:
         "Tell which maps say nothing: bool (B,), true where a map is zero, constant up to rounding, or not finite."

@@ -77,6 +77,11 @@ class LRRangeTest:
     validation: np.ndarray | None = None  # float (N,): the validation loss after each step
     trials: list[tuple[float, float]] = field(default_factory=list)  # learning rate and final loss of each short training
 
+    def __repr__(self) -> str:
+        rates = ", ".join(f"{name} {value:.3g}" for name in ("suggestion", "low", "high") if (value := getattr(self, name)) is not None)
+        words = "; ".join(text for text in (rates or "no suggestion", self.reason, self.doubt and f"doubtful: {self.doubt}") if text)
+        return f"LRRangeTest({len(self.lrs)} steps: {words})"
+
     @property
     def trusted(self) -> bool:
         "There is a suggestion, and no reason to doubt it."

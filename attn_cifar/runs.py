@@ -36,6 +36,9 @@ class Evaluation:
     labels: Tensor  # int64 (N,)
     class_names: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"Evaluation({len(self.labels):,} images: accuracy {self.accuracy:.2%}, loss {self.loss:.4f})"
+
     @cached_property
     def probabilities(self) -> Tensor:  # float32 (N, C)
         return self.logits.softmax(1)
@@ -155,6 +158,11 @@ class Run:
     steps: dict[str, list[float]]  # lr, momentum and loss of every step
     model: nn.Module | None = None
     evaluation: Evaluation | None = None
+
+    def __repr__(self) -> str:
+        ends = f", test accuracy {self.history[-1]['test_accuracy']:.2%}" if self.history else ""
+        where = "not stored" if self.folder is None else str(self.folder)
+        return f"Run({where}: {self.config.get('model', 'no model')}, {len(self.history)} epochs{ends})"
 
     def need_folder(self) -> Path:
         "Return the folder. Raises `InputError` where the run was not stored."
