@@ -12,7 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,8 @@ def read_config(
         if isinstance(config, dict):
             config.setdefault("processes", 1)  # runs of older versions
         _check_kinds(config, _CONFIG, "it")
-        Recipe(**config["recipe"]), Engine(**config["engine"])
+        Engine(**config["engine"])
+        config["recipe"] = asdict(Recipe(**config["recipe"]))  # what an older version did not have gets its default
         if not 8 <= config["data"]["image_size"] <= 1024 or len(config["data"]["class_names"]) < 2:
             raise ValueError("its image_size or class_names cannot be")
         if {len(config["data"][name]) for name in ("mean", "std")} != {3} or min(config["data"]["std"]) <= 0:
