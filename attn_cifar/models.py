@@ -362,7 +362,8 @@ class SpeedAttention(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.blocks(F.gelu(self.whiten(images)))
-        return self.fc1(features.amax((2, 3))) / 9
+        largest = F.adaptive_max_pool2d(features, 1).flatten(1)  # the gradient of amax is NaN where bfloat16 is compiled
+        return self.fc1(largest) / 9
 
 # %% ../nbs/01_models.ipynb #8cedabd7
 @dataclass(frozen=True)
