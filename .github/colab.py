@@ -24,7 +24,7 @@ import os
 from importlib.util import find_spec
 
 if find_spec("google") and find_spec("google.colab"):
-    %pip install -q {packages}
+    %pip install -q --find-links . {packages}
     os.environ.setdefault("ATTN_CIFAR_DATA", "cifar10")"""
 
 
@@ -82,7 +82,7 @@ def imitate(data: str, python: str) -> None:
         run = partial(subprocess.run, check=True)
         run([python, "-m", "venv", str(home / "venv")])
         colab = [str(home / "venv" / "bin" / "python"), "-m"]
-        run([*colab, "pip", "install", "-q", "torch", "torchvision", "nbconvert", "ipykernel"])  # what Colab has before the first cell
+        run([*colab, "pip", "install", "-q", "torch", "torchvision", "nbconvert", "ipykernel"])  # Colab has them
         run([*colab, "pip", "wheel", "-q", "--no-deps", "-w", str(home / "wheels"), str(copy)])
         torch = run([colab[0], "-c", "import torch; print(torch.__version__)"], capture_output=True).stdout
         environment = {**os.environ, "PYTHONPATH": str(home / "site"), "ATTN_CIFAR_DATA": data, "HOME": str(home),

@@ -1,4 +1,4 @@
-"""Install the built wheel and sdist in clean environments, one Python after another, and run the tests there: `make test-package`."""
+"""Install the built wheel and sdist in clean environments, a Python at a time, and run the tests there: `make test-package`."""
 
 import argparse
 import os
@@ -46,8 +46,8 @@ def try_out(python: str, package: Path, folder: Path, constraints: list[str], te
         shutil.copytree(ROOT / "tests", alone / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "nbs" / "studies" / "results", alone / "nbs" / "studies" / "results")
         run = {"cwd": alone, "env": {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}", "HOME": str(folder)}}
-        done = subprocess.run([str(bin_ / "python"), "-m", "pytest", "-q", "-n", "2", *(f"tests/{name}" for name in tests)], **run)
-        return done.returncode == 0
+        command = [str(bin_ / "python"), "-m", "pytest", "-q", "-n", "2", *(f"tests/{name}" for name in tests)]
+        return subprocess.run(command, **run).returncode == 0
     finally:
         shutil.rmtree(environment)  # six gigabytes
         shutil.rmtree(folder / "alone", ignore_errors=True)

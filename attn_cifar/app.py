@@ -56,13 +56,14 @@ class Classifier:
 
 def load_classifier(
     name: str | os.PathLike,  # a run folder, or the name of a shipped model
+    model: nn.Module | None = None,  # of the run's kind, where it is not one of ours
 ) -> Classifier:
     "Load a network together with its preprocessing. Raises `InputError`."
     own, shipped = Path(name, "config.json").exists(), find_pretrained(str(name))
     if not own and not shipped and not Path(name).exists():
         raise InputError(f"{name} is neither a run folder nor a model that comes with weights, such as attn_tiny")
     if own or not shipped:
-        run = load_run(name)
+        run = load_run(name, model)
         if run.model is None:
             raise InputError(f"{name} holds no weights yet: train it further with --resume")
         model, config = run.model, run.config

@@ -211,7 +211,7 @@ class AlbumentationsTransform:
         seed: int = 0,  # of the stream outside worker processes
     ):
         self.augmentation, self.mean, self.std, self.seed = augmentation, mean, std, seed
-        self._pipeline: "Compose | None" = None  # made with the first image
+        self._pipeline: Compose | None = None  # made with the first image
         self._stream: int | None = None
 
     def __call__(self, image: np.ndarray) -> Tensor:  # uint8 (H, W, 3) -> float (3, H, W)

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 from . import __version__
 from .data import ImageData, InputError
 
+_log = logging.getLogger("attn_cifar")
+
 # %% ../nbs/08_cli.ipynb #9503b636
 class _Parser(argparse.ArgumentParser):
     "Report a wrong command line as one line."
@@ -116,6 +118,12 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded: list[Any] = []
     processes.from_first(lambda: loaded.append(_load(arguments, "cifar10")))  # it decodes them, the others find them decoded
     data = loaded[0] if loaded else _load(arguments, "cifar10")
+    steps = -(-len(data.train_labels) // recipe.batch_size)
+    if steps < 10 and not processes.rank:
+        _log.warning("an epoch has %d step%s: batches of %d are large for %d images, and a smaller --batch-size learns more",
+                     steps, "s" * (steps > 1), recipe.batch_size, len(data.train_labels))
+    if arguments.resume and not (out / "config.json").exists() and not processes.rank:
+        _log.warning("nothing to resume in %s: a new run begins", out)
     torch.manual_seed(arguments.seed)
     model = create_model(arguments.model, len(data.class_names))
     train = fit_with_suggestion if max_lr is None else fit

@@ -187,6 +187,9 @@ def _class_folders(root: Path) -> dict[str, list[Path]]:
     folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
     files = {f.name: sorted(p for p in f.rglob("*")  # it does not follow links to folders, so it cannot run in circles
                             if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and p.is_file()) for f in folders}
+    for folder in folders:
+        if not files[folder.name]:
+            _log.warning("%s holds no images, so it is no class", folder)
     return {name: paths for name, paths in files.items() if paths}
 
 

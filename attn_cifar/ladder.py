@@ -250,7 +250,8 @@ def ladder(data: str | ImageData = "cifar10", out: str = "runs/ladder", results:
             if kept.missing("rungs", name=rung.name, seed=seed):
                 earlier = kept.rows("rungs", name=rung.name)
                 found = earlier[0]["found"] if earlier else _find(rung, held_out, seed, changes)
-                run, pictures = train_rung(rung, held_out, found["max_lr"], seed, **changes), kept.stored.setdefault("pictures", {})
+                run = train_rung(rung, held_out, found["max_lr"], seed, **changes)
+                pictures = kept.stored.setdefault("pictures", {})
                 if rung.name not in pictures:
                     pictures[rung.name] = picture_attention(run.need_model(), held_out, shown)
                     pictures["images"] = [_encode(held_out.test_images[i]) for i in shown]

@@ -78,8 +78,9 @@ class LRRangeTest:
     trials: list[tuple[float, float]] = field(default_factory=list)  # learning rate and final loss of each short training
 
     def __repr__(self) -> str:
-        rates = ", ".join(f"{name} {value:.3g}" for name in ("suggestion", "low", "high") if (value := getattr(self, name)) is not None)
-        words = "; ".join(text for text in (rates or "no suggestion", self.reason, self.doubt and f"doubtful: {self.doubt}") if text)
+        rates = [f"{name} {value:.3g}" for name in ("suggestion", "low", "high") if (value := getattr(self, name)) is not None]
+        notes = [self.reason, self.doubt and f"doubtful: {self.doubt}"]
+        words = "; ".join([", ".join(rates) or "no suggestion", *filter(None, notes)])
         return f"LRRangeTest({len(self.lrs)} steps: {words})"
 
     @property

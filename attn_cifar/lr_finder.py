@@ -241,6 +241,8 @@ def find_lr(
     if metric not in ("loss", "accuracy") or schedule not in ("exponential", "linear"):
         raise InputError(f"metric must be loss or accuracy and schedule exponential or linear, not {metric!r} and {schedule!r}")
     model, recipe = unwrap(model), choose_recipe(model, recipe, changes)
+    if isinstance(data, ImageData):
+        check_output(model, data)
     before = next((p.device for p in model.parameters()), torch.device("cpu"))
     engine = choose_engine(model, 0, 32, device or (None if optimizer is None else before.type), precision, compile=False)
     try:
@@ -377,8 +379,8 @@ class _Test:
             return replace(result, trials=tried, doubt=result.doubt or "the loss of every short training was no number")
         doubt = None
         if not learnt:
-            doubt = f"nothing shows that it learns: the best of the short trainings ended at {least:.3g}, and " \
-                    f"{'it began at' if guessing is None else 'guessing reaches'} {level:.3g}"
+            doubt = f"too little shows that it learns: the best of the short trainings ended at {least:.3g}, and " \
+                    f"{'it began at' if guessing is None else 'guessing reaches'} {level:.3g}, which chance can explain"
             if result.doubt or result.reason:  # nor does the curve say anything
                 if usual is None:
                     return replace(result, trials=tried, doubt=doubt)

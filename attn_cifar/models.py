@@ -357,7 +357,8 @@ class SpeedAttention(nn.Module):
         if whiten:
             self.whiten.weight = nn.Parameter(whitening_filters(), requires_grad=False)
         looking = [None, *(SimilarityAttention(width, heads, reach) if attention else None for width in widths[1:])]
-        self.blocks = nn.Sequential(*(SpeedBlock(*both, seen) for both, seen in zip(pairwise([24, *widths]), looking, strict=True)))
+        sizes = pairwise([24, *widths])
+        self.blocks = nn.Sequential(*(SpeedBlock(*both, seen) for both, seen in zip(sizes, looking, strict=True)))
         self.fc1 = nn.Linear(widths[-1], num_classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ def reproduction(data: str = "cifar10", out: str = "runs/reproduction",
     models = "basic_attn", "basic_attn_tied", "spatial_attn"
     runs = train_each([(name, seed) for seed in seeds for name in models], images, Path(out))
     directions = [participation_ratio(features_of(run.need_model(), images)) for run in runs]
-    store_results(results, "reproduction", runs, {"linear": [train_linear(images, seed) for seed in range(3)]}, directions=directions)
+    linear = [train_linear(images, seed) for seed in range(3)]
+    store_results(results, "reproduction", runs, {"linear": linear}, directions=directions)
     print(f"\n{format_table(runs)}\n\nstored in {results}")
 
 

@@ -367,8 +367,8 @@ def _refuse_difference(theirs: dict[str, Any], config: dict[str, Any], what: str
         then, now = theirs[part], config[part]
         if then != now:
             if isinstance(now, dict):
-                different = [key for key in now if then.get(key) != now[key]]
-                then, now = {key: then.get(key) for key in different}, {key: now[key] for key in different}
+                pairs = [(key, then.get(key), value) for key, value in now.items() if then.get(key) != value]
+                raise InputError(f"{what}: {'; '.join(f'{key} of its {part} is {a}, not {b}' for key, a, b in pairs)}")
             raise InputError(f"{what}: its {part} is {then}, not {now}")
 
 

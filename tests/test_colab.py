@@ -49,6 +49,6 @@ def test_a_notebook_alone(tmp_path, on_colab):
     asked = tmp_path / "site" / "pip" / "asked"
     assert asked.exists() is on_colab
     if on_colab:
-        assert asked.read_text().split() == ["install", "-q", "attn_cifar"]
+        assert asked.read_text().split() == ["install", "-q", "--find-links", ".", "attn_cifar"]
     cells = json.loads((tmp_path / "content" / "07_chart.ipynb").read_text(encoding="utf-8"))["cells"]
     assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code"), "not everything was executed"

@@ -30,7 +30,8 @@ def loss_and_gradient(name: str, precision: str, compile: bool, dtype: torch.dty
     loss_of = BatchLoss(model, RECIPE, Engine("cpu", precision, compile))
     loss = loss_of(images, torch.arange(32) % 10)[0]
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).float(), loss_of.compiled is not None
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return loss.item(), gradient.float(), loss_of.compiled is not None
 
 
 FLOAT32, BFLOAT16 = ("float32", 1e-5, 0.9999, 1e-3), ("bfloat16", 0.02, 0.99, 0.05)
