@@ -31,6 +31,7 @@ html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 """
+BADGE = "![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)"
 STYLE = """
 .bd-article img { height: auto; }
 html[data-theme=dark] .bd-content .cell_output img { background: #fff; border-radius: 4px; }
@@ -53,6 +54,7 @@ def copy_notebook(path: Path, out: Path) -> None:
         source = "".join(cell["source"])
         if not source.strip() or re.match(r"#\|\s*(hide|default_exp)", source):
             continue
+        source = source.replace(BADGE, "Open in Colab")  # a picture from the network
         if cell["cell_type"] == "code":
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE)
             if path.parent.name == "studies":  # an argument, whose code is a click away
@@ -120,7 +122,7 @@ def write_source(folder: Path) -> None:
     (folder / "_static" / "site.css").write_text(STYLE, encoding="utf-8")
     shutil.copytree(ROOT / "nbs" / "images", folder / "nbs" / "images")
     pages, studies, origins = [], [], {}
-    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb"), key=lambda path: (not path.name.startswith("colab_"), path)):
         place = path.relative_to(ROOT)
         if path.name == "index.ipynb" or ".ipynb_checkpoints" in path.parts:
             continue

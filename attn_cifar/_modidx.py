@@ -70,6 +70,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                   'attn_cifar.chart.round_ticks': ('chart.html#round_ticks', 'attn_cifar/chart.py')},
             'attn_cifar.cli': { 'attn_cifar.cli._Parser': ('cli.html#_parser', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._Parser.error': ('cli.html#_parser.error', 'attn_cifar/cli.py'),
+                                'attn_cifar.cli._Parser.parse_known_args': ('cli.html#_parser.parse_known_args', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._answer': ('cli.html#_answer', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._app': ('cli.html#_app', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._evaluate': ('cli.html#_evaluate', 'attn_cifar/cli.py'),

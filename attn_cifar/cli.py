@@ -28,6 +28,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (try: {self.prog} --help)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        "Refuse what a command does not know in its own name."
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
 
 def _learning_rate(text: str) -> float | None:
     "Read `auto` as None and anything else as a number."
@@ -315,7 +322,7 @@ _WORDS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN", "help": "a run folder, as written by train"},
     "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders or explanations"}}
+    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders, explanations or beyond"}}
 
 
 def make_parser() -> argparse.ArgumentParser:
