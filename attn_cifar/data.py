@@ -334,7 +334,11 @@ def _folder(source: str, size: int, skip_bad: bool) -> ImageData:
     try:
         root = Path(source).expanduser()
         train, test = _list_folder(root)
-        return _cached(_folder_key(root, train, test, size, skip_bad), lambda: _read_folder(root, train, test, size, skip_bad))
+        data = _cached(_folder_key(root, train, test, size, skip_bad), lambda: _read_folder(root, train, test, size, skip_bad))
+        listed = sum(len(paths) for files in (train, test) for paths in files.values())
+        if left_out := listed - len(data.train_labels) - len(data.test_labels):  # each by name where they are decoded, once
+            _log.warning("%d of the %d files in %s are left out, since they cannot be read", left_out, listed, root.name)
+        return data
     except (OSError, RuntimeError) as error:  # no permission, a file that is gone by now, ~somebody
         raise InputError(f"{source} cannot be read ({error})") from error
 

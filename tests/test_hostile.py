@@ -483,3 +483,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, elsewhere, capsys):
 def test_a_reader_that_has_had_enough():
     done = subprocess.run(f"{sys.executable} -m attn_cifar models --json | true", shell=True, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_what_is_left_out_is_said_each_time(tmp_path, elsewhere, caplog):
+    """The second time, the decoded images come from the cache."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((32, 32, 3), 40 * i, np.uint8)).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "photos" / "bird").mkdir()
+    for _ in range(2):
+        caplog.clear()
+        assert len(load_data(str(tmp_path / "photos"), skip_bad=True).class_names) == 2
+        assert "1 of the 9 files in photos are left out" in caplog.text and "bird holds no images" in caplog.text
