@@ -40,7 +40,9 @@ def try_out(python: str, package: Path, folder: Path, constraints: list[str], te
     subprocess.run([python, "-m", "venv", str(environment)], check=True)
     bin_ = environment / "bin"
     try:
-        subprocess.run([str(bin_ / "python"), "-m", "pip", "install", "-q", str(package), *constraints, *TOOLS], check=True)
+        wanted = [str(package), *constraints, *TOOLS]
+        if subprocess.run([str(bin_ / "python"), "-m", "pip", "install", "-q", *wanted]).returncode:
+            return False
         subprocess.run([str(bin_ / "python"), "-m", "pip", "check"], check=True, capture_output=True)
         alone = folder / "alone"
         shutil.copytree(ROOT / "tests", alone / "tests", ignore=shutil.ignore_patterns("__pycache__"))
@@ -57,7 +59,7 @@ def main() -> int:
     """Try every combination and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="all tests that need no repository, not only the quick ones")
-    parser.add_argument("pythons", nargs="*", help="interpreters; without any, those on the path")
+    parser.add_argument("pythons", nargs="*", help="interpreters, oldest first; without any, those on the path")
     arguments = parser.parse_args()
     tests = [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in REPOSITORY]
     tests = tests if arguments.all else list(QUICK)
@@ -66,8 +68,9 @@ def main() -> int:
         folder = Path(name)
         wheel, sdist = build(sys.executable, folder)
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, {sdist.name}: {sdist.stat().st_size / 1e6:.2f} MB", flush=True)
-        trials = [(chosen[0], sdist, [], "sdist"), (chosen[0], wheel, FLOORS, "wheel, oldest requirements")]
-        for python, package, constraints, words in [*trials, *((python, wheel, [], "wheel") for python in chosen)]:
+        trials = [(python, wheel, [], "wheel") for python in chosen]
+        trials += [(chosen[0], wheel, FLOORS, "wheel, oldest requirements"), (chosen[0], sdist, [], "sdist")]
+        for python, package, constraints, words in trials:
             version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.strip()
             passed = try_out(python, package, folder, constraints, tests)
             lines.append(f"{version}, {words}: {'passed' if passed else 'FAILED'}")
