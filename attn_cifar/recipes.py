@@ -230,7 +230,7 @@ def choose_engine(
         if device == "cuda":  # before Ampere there are tensor cores for float16 only
             precision = "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
         else:
-            precision = "bfloat16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+            precision = "bfloat16" if device == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() else "float32"
     if compile is None:
         macs = count_macs(model, image_size)
         an_image, in_all = {"cpu": (1e7, 1e12), "cuda": (0.0, 2.5e13)}.get(device, (math.inf, math.inf))  # from there on it pays
