@@ -45,7 +45,7 @@ def head_of(path: Path, cells: list[dict]) -> tuple[str, str]:
     wanted = [package for module, package in EXTRAS.items() if re.search(rf"^\s*(import|from) {module}\b", source, re.MULTILINE)]
     seconds = json.loads(TIMES.read_text(encoding="utf-8"))["seconds"].get(path.stem) if TIMES.exists() else None
     words = "" if seconds is None else (
-        f"{say(seconds)} on two processor cores without a GPU, and no more is expected of Colab's T4.")
+        f"{say(seconds)} without a GPU, and no more is expected of Colab's T4.")
     return BADGE.format(link=link, words=words).strip(), CELL.format(packages=" ".join(["attn_cifar", *wanted]))
 
 
