@@ -1,15 +1,29 @@
 """Package attn_cifar from settings.ini, which nbdev reads too: every fact about the package is written there once."""
 
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(root / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 readme = root / "README.md"
+
+
+class BuildWithResults(build_py):
+    """Put what the studies measured into the wheel; an editable install reads the repository's."""
+
+    def run(self):
+        """Build, then copy."""
+        super().run()
+        if not self.editable_mode:
+            results = Path(self.build_lib, "attn_cifar", "results")
+            shutil.copytree(root / "nbs" / "studies" / "results", results, dirs_exist_ok=True)
+
 
 setup(
     name=settings["lib_name"],
@@ -27,5 +41,6 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "app", "onnx", "docs", "bench")},
     entry_points={"console_scripts": settings["console_scripts"].split()},
+    cmdclass={"build_py": BuildWithResults},
     zip_safe=False,
 )

@@ -1,4 +1,4 @@
-"""Give every numbered notebook its Colab badge, first cell and GPU runtime; `--try` executes them as Colab would."""
+"""Give every notebook its Colab badge, first cell and GPU runtime; `--try` executes them as Colab would."""
 
 import argparse
 import json
@@ -30,8 +30,8 @@ if find_spec("google") and find_spec("google.colab"):
 
 def notebooks() -> list[Path]:
     """Return the notebooks that run on Colab, in their order."""
-    numbered = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-    return [*numbered, *(ROOT / "nbs").glob("colab_*.ipynb")]
+    kinds = "[0-9][0-9]_*", "colab_*", "studies/[0-9][0-9]_*"
+    return [path for kind in kinds for path in sorted((ROOT / "nbs").glob(f"{kind}.ipynb"))]
 
 
 def head_of(path: Path, cells: list[dict]) -> tuple[str, str]:
@@ -39,7 +39,7 @@ def head_of(path: Path, cells: list[dict]) -> tuple[str, str]:
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     address = settings["DEFAULT"]["git_url"].removeprefix("https://github.com/").strip("/")  # empty: Colab asks for the file
-    link = f"https://colab.research.google.com/github/{address}/blob/main/nbs/{path.name}" if address else (
+    link = f"https://colab.research.google.com/github/{address}/blob/main/{path.relative_to(ROOT).as_posix()}" if address else (
         "https://colab.research.google.com")
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     wanted = [package for module, package in EXTRAS.items() if re.search(rf"^\s*(import|from) {module}\b", source, re.MULTILINE)]

@@ -540,6 +540,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                  'attn_cifar.runs._read_csv': ('runs.html#_read_csv', 'attn_cifar/runs.py'),
                                  'attn_cifar.runs.describe_machine': ('runs.html#describe_machine', 'attn_cifar/runs.py'),
                                  'attn_cifar.runs.evaluate': ('runs.html#evaluate', 'attn_cifar/runs.py'),
+                                 'attn_cifar.runs.load_results': ('runs.html#load_results', 'attn_cifar/runs.py'),
                                  'attn_cifar.runs.load_run': ('runs.html#load_run', 'attn_cifar/runs.py'),
                                  'attn_cifar.runs.read_config': ('runs.html#read_config', 'attn_cifar/runs.py'),
                                  'attn_cifar.runs.refuse_other_run': ('runs.html#refuse_other_run', 'attn_cifar/runs.py'),

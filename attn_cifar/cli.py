@@ -67,7 +67,8 @@ def _options(*names: str) -> _Parser:
         "--data": {"metavar": "SOURCE", "help": "cifar10, shapes (built in, no download), or a folder of images: "
                                                 "train/<class>/* and test/<class>/*, or <class>/*"},
         "--model": {"metavar": "NAME", "default": "spatial_attn", "help": "see attn-cifar models (default: %(default)s)"},
-        "--recipe": {"metavar": "NAME", "help": "hyperparameters by name: upstream, plain or tiny (default: the model's own)"},
+        "--recipe": {"metavar": "NAME", "help": "hyperparameters by name: plain, upstream, tiny, small, base or speed "
+                                                "(default: the model's own)"},
         "--epochs": {"metavar": "N", "type": int, "help": "passes over the training images (default: the recipe's)"},
         "--batch-size": {"metavar": "N", "type": int, "help": "images a step (default: the recipe's)"},
         "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "default": ..., "help":
@@ -138,6 +139,8 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
              if Path(source).is_dir() else source, "skip_bad": arguments.skip_bad}
     run = train(model, data, recipe=recipe, out=out, resume=arguments.resume, seed=arguments.seed, device=arguments.device,
                 deterministic=arguments.deterministic, verbose=not arguments.json, notes=notes)
+    if not processes.rank and not arguments.json:
+        print("writing the report: it measures which explanations can be believed", flush=True)
     report = processes.from_first(lambda: make_report(out, data))
     last = run.history[-1]
     if processes.rank:

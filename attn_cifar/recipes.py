@@ -148,7 +148,7 @@ RECIPES = {
     "upstream": Recipe(epochs=24, batch_size=512, optimizer="adam", max_lr=0.01, weight_decay=0.0, l1_factor=0.0005,
                        pct_start=5 / 24, div_factor=10.0, final_div_factor=1.0, augmentation=Augmentation()),
     "tiny": Recipe(epochs=24, optimizer="muon", max_lr=0.035, pct_start=0.25, div_factor=10.0, final_div_factor=1000.0),
-    "small": Recipe(epochs=50, optimizer="muon", max_lr=0.035, pct_start=0.25, div_factor=10.0, final_div_factor=1000.0),
+    "small": Recipe(epochs=32, optimizer="muon", max_lr=0.035, pct_start=0.25, div_factor=10.0, final_div_factor=1000.0),
     "base": Recipe(epochs=100, batch_size=512, optimizer="muon", max_lr=0.035, pct_start=0.25, div_factor=10.0,
                    final_div_factor=1000.0, augmentation=Augmentation(rotate=0.0, cutout=16, flip_prob=0.5)),
     "speed": Recipe(epochs=8, batch_size=1000, optimizer="muon", max_lr=0.035, label_smoothing=0.2, pct_start=0.2, div_factor=5.0,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'Run', 'load_run', 'read_config', 'refuse_other_run', 'write_text', 'write_csv',
-           'describe_machine']
+           'describe_machine', 'load_results']
 
 # %% ../nbs/03_runs.ipynb #0f857d0f
 import csv
@@ -14,6 +14,7 @@ import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +289,14 @@ def describe_machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"attn_cifar": __version__, "python": platform.python_version(), "torch": torch.__version__, "gpu": gpu,
             "processor": _processor(), "threads": torch.get_num_threads(), "platform": platform.system()}
+
+
+def load_results(
+    study: str,  # "ladder", "speed", …
+) -> dict[str, Any]:
+    "Return what a study measured, as the repository stores it and the package brings it along. Raises `InputError`."
+    package = Path(str(files("attn_cifar")))
+    for folder in (package.parent / "nbs" / "studies" / "results", package / "results"):
+        if (path := folder / f"{study}.json").exists():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+    raise InputError(f"there are no stored results of a study {study!r}")

@@ -349,6 +349,8 @@ def _open_folder(folder: Path, config: dict[str, Any], resume: bool) -> tuple[di
     stored_at = folder / "config.json"
     config = json.loads(json.dumps(config))
     if not stored_at.exists():
+        if (folder / CHECKPOINT).exists():
+            raise InputError(f"{folder} holds a checkpoint, but no config.json to say of which run: choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(stored_at, json.dumps(config, indent=2) + "\n")

@@ -47,7 +47,8 @@ def package_files(folder: Path) -> set[str]:
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert "attn_cifar/py.typed" in names
-    assert names == package_files(ROOT)
+    results = {f"attn_cifar/results/{path.name}" for path in (ROOT / "nbs" / "studies" / "results").glob("*.json")}
+    assert results and names == package_files(ROOT) | results
 
 
 def test_wheel_needs_no_development_tool(wheel):
@@ -72,3 +73,6 @@ def test_wheel_runs_where_the_repository_is_not(wheel, tmp_path):
     load = "from attn_cifar.models import load_pretrained; print(load_pretrained('attn_tiny').training)"
     done = subprocess.run([sys.executable, "-c", load], **run)
     assert done.stdout.strip() == "False", f"the weights are not in the wheel: {done.stderr}"
+    load = "from attn_cifar.runs import load_results; print(load_results('ladder')['study'])"
+    done = subprocess.run([sys.executable, "-c", load], **run)
+    assert done.stdout.strip() == "ladder", f"the studies' results are not in the wheel: {done.stderr}"

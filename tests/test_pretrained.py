@@ -5,7 +5,6 @@ import csv
 import io
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from attn_cifar.cli import main
 from attn_cifar.data import InputError, normalize
 from attn_cifar.models import MODELS, count_parameters, create_model, find_pretrained, load_pretrained
 from attn_cifar.recipes import RECIPES
-from attn_cifar.runs import read_config
+from attn_cifar.runs import load_results, read_config
 
-STUDY = json.loads((Path(__file__).parents[1] / "nbs/studies/results/ladder.json").read_text(encoding="utf-8"))
+STUDY = load_results("ladder")
 SHIPPED = [name for name in MODELS if find_pretrained(name)]
 
 
