@@ -114,7 +114,7 @@ def answer(
     name = classifier.class_names[int(probabilities.argmax())]
     with Image.open(path) as picture:
         frames = " Of its several frames, this is the first." if getattr(picture, "is_animated", False) else ""
-    words = f"{name}, {sure:.0%}.{frames} Bright is what a map marks as evidence for {name}."
+    words = f"{name}, {sure:.0%}.{frames} Bright is where a map is highest."
     maps = f'<div style="{_GRID}">{"".join(figures)}</div>'
     return dict(zip(classifier.class_names, probabilities.tolist(), strict=True)), maps, words
 
@@ -144,8 +144,8 @@ def make_app(classifier: Classifier) -> Any:  # gradio.Blocks
                 label = gradio.Label(label="Probabilities", num_top_classes=5)
             with gradio.Column(scale=2):
                 maps = gradio.HTML(elem_id="maps")
-        gradio.Markdown("*believable*: taking away what a map marks hurts more than chance; *misleading*: less than what it does "
-                        "not mark; *indifferent*: a network with shuffled weights gives the same map; *unproven*: chance could "
+        gradio.Markdown("*believable*: taking away what a map marks hurts more than taking away as much elsewhere; *misleading*: it "
+                        "hurts less; *indifferent*: a network with shuffled weights gives the same map; *unproven*: chance could "
                         "do it, and with one picture it mostly could; *empty*: there is nothing in it.")
         file.change(lambda path: answer(classifier, path), file, [label, maps, words], concurrency_limit=1,
                     api_visibility="private")

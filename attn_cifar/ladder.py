@@ -188,7 +188,7 @@ _small = partial(HybridAttention, stem=16, activation=nn.SiLU)
 
 # %% ../nbs/09_ladder.ipynb #680e48f4
 FINALISTS = [
-    Rung("attn_tiny", None, "the form that the search found", partial(create_model, "attn_tiny"), "tiny"),
+    Rung("attn_tiny", None, "the form that an earlier exploration chose", partial(create_model, "attn_tiny"), "tiny"),
     Rung("conv_tiny", None, "its twin without attention", partial(create_model, "conv_tiny"), "tiny"),
     Rung("average", None, "attn_tiny with even weights", partial(_averaging, activation=nn.SiLU), "tiny", control=True),
 ]

@@ -98,7 +98,7 @@ def _as_iterator(loader: Any, kind: type[_Kind], name: str) -> _Kind:
 
 
 class LRFinder:
-    "Run the LR range test of torch-lr-finder 0.2.2 (all but apex): the same arguments, results and errors."
+    "Run the LR range test of torch-lr-finder 0.2.2 (all but apex): the same arguments, results and kinds of errors."
 
     def __init__(
         self,
