@@ -144,9 +144,9 @@ def make_app(classifier: Classifier) -> Any:  # gradio.Blocks
                 label = gradio.Label(label="Probabilities", num_top_classes=5)
             with gradio.Column(scale=2):
                 maps = gradio.HTML(elem_id="maps")
-        gradio.Markdown("*believable*: taking away what a map marks hurts more than taking away as much elsewhere; *misleading*: it "
-                        "hurts less; *indifferent*: a network with shuffled weights gives the same map; *unproven*: chance could "
-                        "do it, and with one picture it mostly could; *empty*: there is nothing in it.")
+        gradio.Markdown("*believable*: taking away what a map marks hurts more than taking away as much elsewhere; "
+                        "*misleading*: it hurts less; *indifferent*: a network with shuffled weights gives the same map; "
+                        "*unproven*: chance could do it, and with one picture it mostly could; *empty*: there is nothing in it.")
         file.change(lambda path: answer(classifier, path), file, [label, maps, words], concurrency_limit=1,
                     api_visibility="private")
     return page

@@ -214,6 +214,14 @@ class AlbumentationsTransform:
         self._pipeline: Compose | None = None  # made with the first image
         self._stream: int | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        "Return the random stream outside worker processes."
+        return {"stream": self._stream, "pipeline": self._pipeline}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Restore what `state_dict` returned."
+        self._stream, self._pipeline = state["stream"], state["pipeline"]
+
     def __call__(self, image: np.ndarray) -> Tensor:  # uint8 (H, W, 3) -> float (3, H, W)
         worker = torch.utils.data.get_worker_info()
         stream = self.seed if worker is None else worker.seed % 2**32

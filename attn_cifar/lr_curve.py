@@ -99,6 +99,10 @@ class LRRangeTest:
         if self.suggestion is None:
             raise InputError(f"the range test gives no learning rate: {self.reason}")
         rates = [group["lr"] for group in optimizer.param_groups]
+        if not max(rates):  # a warm-up may stand at 0
+            rates = [group.get("initial_lr", 0) for group in optimizer.param_groups]
+        # PyTorch would give an optimizer without momentum one of 0.95: another optimizer than the one that was tested
+        options.setdefault("cycle_momentum", all("betas" in group or group.get("momentum") for group in optimizer.param_groups))
         peaks = [self.suggestion * rate / max(rates) if max(rates) else self.suggestion for rate in rates]
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, epochs=epochs, steps_per_epoch=steps_per_epoch, **options)
 
@@ -161,6 +165,8 @@ def read_curve(
     points = {"steep": steep(lrs[part], smoothed[part]), "valley": valley(lrs[first:end], smoothed[first:]),
               "slide": slide(lrs[first:end], smoothed[first:]), "minimum": minimum, "minimum/10": minimum / 10, **rise}
     doubt = None
+    if lowest == end - 1 == len(losses) - 1:
+        doubt = f"the loss still fell at {minimum:.2g}, where the sweep ended: choose a larger end_lr"
     if guessing is not None and smoothed[lowest] > guessing - 3 * noise:
         doubt = f"the loss fell to {smoothed[lowest]:.3g}, and guessing reaches {guessing:.3g}: nothing shows that it learns"
     return replace(result, suggestion=minimum / 10, points=points, doubt=doubt)

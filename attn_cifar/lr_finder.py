@@ -24,7 +24,7 @@ from .data import Batches, ImageData, InputError
 from .lr_curve import LRRangeTest as LRRangeTest, read_curve as read_curve, smooth as smooth  # handed on
 from .processes import join_processes
 from .recipes import Muon
-from .state import TrainingState, unwrap
+from .state import TrainingState, _ModelState, _RandomState, unwrap
 from .training import (
     Engine, Recipe, Run, autocast, check_output, choose_engine, choose_recipe, fit, keep_memory, make_optimizer, refuse_other_run)
 
@@ -52,7 +52,7 @@ def move(batch: Any, device: torch.device | str, non_blocking: bool = True) -> A
         return {key: move(item, device, non_blocking) for key, item in batch.items()}
     if isinstance(batch, tuple | list):
         items = [move(item, device, non_blocking) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+        return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items) if isinstance(batch, tuple) else items
     return batch
 
 
@@ -101,6 +101,10 @@ def sweep(
         yield step[0], stepper.step(step)
 
 
+class _UsedUp(InputError):
+    "Say that there are no more batches."
+
+
 def endless(loader: Iterable) -> Iterator:
     "Go through a loader again and again. Raises `InputError` where it gives nothing."
     while True:
@@ -109,7 +113,7 @@ def endless(loader: Iterable) -> Iterator:
             count += 1
             yield batch
         if not count:
-            raise InputError("the loader gives no batches (an iterator can be used only once: pass the loader itself)")
+            raise _UsedUp("the loader gives no batches, or no more (an iterator can be used only once: pass the loader itself)")
         if count == 1:
             raise InputError("the loader has one batch only, so a sweep would learn it by heart: choose a smaller batch_size")
 
@@ -166,19 +170,29 @@ class _Measure:
         self.correct = torch.zeros(())  # share of right answers in the last batch, where they are counted
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = self._loss(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise InputError(f"the loss must be a tensor of one number, not {what}")
+        return loss
+
+    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = move(batch, self.engine.device)
         with autocast(self.engine.device, self.engine.precision):
             if self.step is not None:
                 return self.step(model, batch)
             inputs, labels = _split(batch)
-            named, several = isinstance(inputs, dict), isinstance(inputs, tuple)
+            named, several = isinstance(inputs, Mapping), isinstance(inputs, tuple | list)
             logits = model(**inputs) if named else model(*inputs) if several else model(inputs)
-        classes = isinstance(logits, Tensor) and logits.ndim == labels.ndim + 1 and not labels.is_floating_point()
+        tensors = isinstance(logits, Tensor) and isinstance(labels, Tensor)
+        classes = tensors and logits.ndim == labels.ndim + 1 and not labels.is_floating_point()
         if self.count_correct:
             if not classes:
                 raise InputError("metric accuracy needs class scores and whole-number labels: read the loss")
             self.correct = (logits.argmax(1) == labels).float().mean()
         if self.criterion is not None:
+            if isinstance(logits, Tensor) and self.engine.precision != "float32":
+                logits = logits.float()  # as autocast does for PyTorch's losses
             return self.criterion(logits, labels)
         if not classes:
             raise InputError("the model's output is not one of class scores: pass criterion=")
@@ -248,6 +262,8 @@ def find_lr(
     try:
         model.to(engine.device)
         optimizer = optimizer or make_optimizer(model, recipe)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InputError("LBFGS looks at a batch several times in one step, which a range test cannot follow")
         if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
             raise InputError("the optimizer has no trainable parameters")
         scaler = scaler or torch.amp.GradScaler(engine.device, enabled=engine.precision == "float16")
@@ -263,14 +279,23 @@ def find_lr(
         measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
         ours = {id(p) for p in model.parameters()}  # an optimizer may train more: the loss's own parameters
         outside = nn.ParameterList(p for group in optimizer.param_groups for p in group["params"] if id(p) not in ours)
-        with TrainingState(model, loader, optimizer=optimizer, scaler=scaler, outside=outside).preserved(), keep_memory():
+        transform = getattr(getattr(loader, "dataset", None), "transform", None)
+        transform = transform if hasattr(transform, "load_state_dict") else None  # with random numbers of its own
+        more: dict[str, Any] = {"criterion": _ModelState(criterion) if isinstance(criterion, nn.Module) else None,
+                "valid": valid if hasattr(valid, "state_dict") else None, "transform": transform,
+                "valid_random": None if valid is None else _RandomState(valid)}
+        with TrainingState(model, loader, optimizer=optimizer, scaler=scaler, outside=outside, **more).preserved(), keep_memory():
             try:
                 test = _Test(model, optimizer, outside, loader, measure, scaler, accumulate)
                 curves = [test.run(lrs, valid, metric, diverge, beta, fresh=repeat > 0) for repeat in range(repeats)]
                 plain = metric == "loss" and valid is None  # what trials measure
                 result, differ = _join_curves(lrs, curves, beta, measure.guessing() if plain else None)
                 if trials and plain and len(result.smoothed) >= 10:
-                    result = test.refine(result, trials, each, epoch)
+                    try:
+                        result = test.refine(result, trials, each, epoch)
+                    except _UsedUp:
+                        said = "the iterator ended before the short trainings did: pass the loader itself"
+                        result = replace(result, doubt=result.doubt or said)
             finally:
                 model.to(before)  # before the optimizer's state is restored, which goes where the parameters are
     finally:
@@ -283,13 +308,15 @@ class _Test:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, outside: nn.ParameterList, loader: Iterable,
                  measure: _Measure, scaler: torch.amp.GradScaler, accumulate: int):
-        self.model, self.loader, self.measure = model.train(), loader, measure
+        self.model, self.loader, self.measure = model if model.training else model.train(), loader, measure
         own = loader if isinstance(loader, Batches) else None  # any other loader goes on to other batches
         self.state = TrainingState(model, own, random=False,  # each sweep draws its own
                                    optimizer=optimizer, scaler=scaler, outside=outside)
         self.start = self.state.capture()
         self.stepper = Stepper(model, optimizer, endless(loader), measure, scaler, accumulate)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
+        if not max(rates):  # a warm-up may stand at 0
+            rates = [float(group.get("initial_lr", 0)) for group in optimizer.param_groups]
         self.ratios = [rate / max(rates) if max(rates) else 1.0 for rate in rates]
 
     def restart(self, fresh: bool = False) -> None:
@@ -310,7 +337,7 @@ class _Test:
         "Sweep once; return the curves up to where the loss ran away."
         self.restart(fresh)
         curves: dict[str, list[float]] = {"read": [], "validation": []}
-        average, best = 0.0, math.inf
+        average, best, seen = 0.0, math.inf, list[float]()
         for count, loss in enumerate(self.sweep(lrs), start=1):
             if count == 1 and not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} before the first step: look at the data and the model")
@@ -320,7 +347,9 @@ class _Test:
             average = beta * average + (1 - beta) * loss
             smoothed = average / (1 - beta**count)
             best = min(best, smoothed)
-            if not math.isfinite(loss) or (count > 10 and smoothed - best > (diverge - 1) * abs(best)):
+            seen.append(loss)
+            noise = 3 * float(np.median(np.abs(np.diff(seen)))) if count > 10 else 0.0  # a loss near zero has no scale but that
+            if not math.isfinite(loss) or (count > 10 and smoothed - best > (diverge - 1) * max(abs(best), noise)):
                 break
         return curves
 
@@ -387,8 +416,14 @@ class _Test:
                 suggestion = min(usual, below / 2, max(lr for lr, loss in tried if math.isfinite(loss)))
         elif batches > epoch:
             doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
-        good = [suggestion, *(lr for lr, loss in tried if learnt and loss <= least + _SOFT * abs(level - least))]
-        return replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=min(good), high=max(good),
+        elif best in (tried[0][0], tried[-1][0]):
+            doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials"
+        good = [lr for lr, loss in tried if learnt and loss <= least + _SOFT * abs(level - least)]
+        low, high = min([suggestion, *good]), max([suggestion, *good])
+        if len(good) == 1:  # what is about as good ends somewhere before the next trials, a factor of _SPACING away
+            failed = any(math.isinf(loss) for lr, loss in tried if lr > best)
+            low, high = min(low, best / _SPACING**0.5), high if failed else max(high, best * _SPACING**0.5)
+        return replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=low, high=high,
                        points={**result.points, "trials": suggestion})
 
 

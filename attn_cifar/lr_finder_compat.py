@@ -9,6 +9,7 @@ __all__ = ['DataLoaderIter', 'TrainDataLoaderIter', 'ValDataLoaderIter', 'LRFind
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -114,7 +115,7 @@ class LRFinder:
     ):
         self.optimizer = optimizer
         self._check_for_scheduler()
-        if amp_backend not in (None, "torch"):
+        if amp_backend and amp_backend != "torch":
             raise ValueError(f"Unknown amp backend: {amp_backend}")
         if amp_backend == "torch" and grad_scaler is None:
             raise ValueError("`grad_scaler` is required when using `torch.amp`")
@@ -167,18 +168,11 @@ class LRFinder:
         train_iter = _as_iterator(train_loader, TrainDataLoaderIter, "train_loader")
         val_iter = _as_iterator(val_loader, ValDataLoaderIter, "val_loader") if val_loader else None
 
-        def loss_of(model: nn.Module, batch: tuple[Any, Any]) -> torch.Tensor:
-            inputs, labels = move(batch, self.device, non_blocking_transfer)
-            with torch.amp.autocast(**self.amp_config or {}) if self.amp_backend else nullcontext():
-                return self.criterion(model(inputs), labels)
-
-        scaler = self.grad_scaler if self.amp_backend else None
-        stepper = Stepper(self.model, self.optimizer, train_iter, loss_of, scaler, accumulation_steps)
-        for step in rates:
-            self.model.train()
-            loss = stepper.step(step)
+        for step, after in pairwise(rates):
+            loss = self._train_batch(train_iter, accumulation_steps, non_blocking_transfer=non_blocking_transfer)
             if val_iter is not None:
-                loss = self._validate(val_iter, non_blocking_transfer)
+                loss = self._validate(val_iter, non_blocking_transfer=non_blocking_transfer)
+            self._set_learning_rate(after)
             if self.history["loss"] and smooth_f > 0:
                 loss = smooth_f * loss + (1 - smooth_f) * self.history["loss"][-1]
             self.best_loss = loss if self.best_loss is None else min(self.best_loss, loss)
@@ -189,24 +183,45 @@ class LRFinder:
                 break
         print("Learning rate search finished, plot() shows the curve")
 
+    def _train_batch(self, train_iter: TrainDataLoaderIter, accumulation_steps: int, non_blocking_transfer: bool = True) -> float:
+        "Train one step and return its loss; some override it."
+
+        def loss_of(model: nn.Module, batch: tuple[Any, Any]) -> torch.Tensor:
+            inputs, labels = self._move_to_device(*batch, non_blocking=non_blocking_transfer)
+            with torch.amp.autocast(**self.amp_config or {}) if self.amp_backend else nullcontext():
+                return self.criterion(model(inputs), labels)
+
+        self.model.train()
+        scaler = self.grad_scaler if self.amp_backend else None
+        stepper = Stepper(self.model, self.optimizer, train_iter, loss_of, scaler, accumulation_steps)
+        return stepper.step([group["lr"] for group in self.optimizer.param_groups])
+
+    def _move_to_device(self, inputs: Any, labels: Any, non_blocking: bool = True) -> tuple[Any, Any]:
+        "Move a batch to the device; some override it."
+        return move(inputs, self.device, non_blocking), move(labels, self.device, non_blocking)
+
     def _rates(self, step_mode: str, end_lr: float, num_iter: int) -> list[list[float]]:
         "Return the learning rates of each step and group; mark the optimizer as one with a schedule. Raises `ValueError`."
         if step_mode.lower() not in ("exp", "linear"):
             raise ValueError(f"expected one of (exp, linear), got {step_mode}")
         if num_iter <= 1:
             raise ValueError("`num_iter` must be larger than 1")
-        first = np.array([group.setdefault("initial_lr", float(group["lr"])) for group in self.optimizer.param_groups])
-        share = np.arange(num_iter)[:, None] / (num_iter - 1)
+        first = [float(group["lr"]) for group in self.optimizer.param_groups]
+        shares = [step / (num_iter - 1) for step in range(num_iter + 1)]  # the optimizer is left with the last one
         if step_mode.lower() == "exp":
-            return (first * (end_lr / first) ** share).tolist()
-        return (first + share * (end_lr - first)).tolist()
+            rates = [[lr * (end_lr / lr) ** share for lr in first] for share in shares]
+        else:
+            rates = [[lr + share * (end_lr - lr) for lr in first] for share in shares]
+        for group, lr in zip(self.optimizer.param_groups, first, strict=True):
+            group.setdefault("initial_lr", lr)
+        return rates
 
     def _set_learning_rate(self, new_lrs: float | list[float]) -> None:
         rates = new_lrs if isinstance(new_lrs, list) else [new_lrs] * len(self.optimizer.param_groups)
         if len(rates) != len(self.optimizer.param_groups):
             raise ValueError("Length of `new_lrs` is not equal to the number of parameter groups in the given optimizer")
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
 
     def _check_for_scheduler(self) -> None:
         if any("initial_lr" in group for group in self.optimizer.param_groups):
@@ -218,7 +233,7 @@ class LRFinder:
         self.model.eval()
         with torch.no_grad():
             for batch in val_iter:
-                inputs, labels = move(batch, self.device, non_blocking_transfer)
+                inputs, labels = self._move_to_device(*batch, non_blocking=non_blocking_transfer)
                 total += self.criterion(self.model(inputs), labels).item() * len(labels)
         return total / len(val_iter.dataset)
 

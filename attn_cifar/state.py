@@ -11,8 +11,9 @@ import json
 import os
 import random
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,30 @@ class _ModelState:
 
     def __init__(self, model: nn.Module):
         self.model = unwrap(model)
+        if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in self.model.parameters()):
+            raise InputError("the model has lazy layers, which get their shape from a first batch: run one through it before")
 
     def state_dict(self) -> dict:
-        buffers = dict(self.model.named_buffers())
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
         weights = self.model.state_dict()
         return {"weights": weights, "other_buffers": {name: b for name, b in buffers.items() if name not in weights},
+                "shapes": {path: {name: None if b is None else list(b.shape) for name, b in module._buffers.items()}
+                           for path, module in self.model.named_modules()},
                 "training": [module.training for module in self.model.modules()],
                 "requires_grad": [p.requires_grad for p in self.model.parameters()]}
 
     def load_state_dict(self, state: dict) -> None:
         for module, training in zip(self.model.modules(), state["training"], strict=True):
             module.training = training
+        values = {**state["weights"], **state["other_buffers"]}
+        shapes = state.get("shapes", {})  # a checkpoint of an older version has none
+        for path, module in ((path, module) for path, module in self.model.named_modules() if path in shapes):
+            for name, buffer in list(module._buffers.items()):
+                shape = shapes[path].get(name, ...)
+                if shape is ...:  # registered since, in a forward pass
+                    delattr(module, name)
+                elif shape != (None if buffer is None else list(buffer.shape)):
+                    module._buffers[name] = None if shape is None else values[f"{path}.{name}".lstrip(".")].clone()
         self.model.load_state_dict(state["weights"])
         with torch.no_grad():
             for name, value in state["other_buffers"].items():
@@ -58,18 +72,38 @@ class _ModelState:
             parameter.requires_grad_(requires_grad)
 
 
+def _set_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
+    "Set a gradient on the device where the parameter is by now."
+    parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
+def _keep_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    "Put an optimizer's options back into the dictionaries it had, which others may hold."
+    for group, now in zip(groups, optimizer.param_groups, strict=True):
+        if group is not now:
+            lr = group["lr"]
+            group.clear()
+            group.update(now)
+            if isinstance(lr, Tensor):
+                group["lr"] = lr.copy_(now["lr"])
+    optimizer.param_groups = groups
+
+
 class _RandomState:
     "Give the global random generators, and those of a loader, a common state."
 
     def __init__(self, loader: Any = None):
-        holders = [loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
-        found = [getattr(holder, "generator", None) for holder in holders]
-        self.generators = [generator for generator in found if isinstance(generator, torch.Generator)]
+        batch_sampler, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
+        holders = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None), dataset]
+        found = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
+        self.generators = [value for value in found if isinstance(value, torch.Generator)]
+        self.others = [value for value in found if isinstance(value, random.Random | np.random.Generator | np.random.RandomState)]
 
     def state_dict(self) -> dict:
         return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-                "loader": [generator.get_state() for generator in self.generators]}
+                "loader": [generator.get_state() for generator in self.generators],
+                "others": [_state_of(generator) for generator in self.others]}
 
     def load_state_dict(self, state: dict) -> None:
         random.setstate(state["python"])
@@ -79,6 +113,20 @@ class _RandomState:
             torch.cuda.set_rng_state_all(state["cuda"])
         for generator, value in zip(self.generators, state["loader"], strict=True):
             generator.set_state(value)
+        for other, value in zip(self.others, state.get("others", []), strict=True):
+            _state_of(other, value)
+
+
+def _state_of(generator: Any, state: Any = None) -> Any:
+    "Return the state of a generator of Python's or NumPy's; put `state` back if there is one."
+    if isinstance(generator, np.random.Generator):
+        if state is not None:
+            generator.bit_generator.state = state
+        return generator.bit_generator.state
+    get, put = ("getstate", "setstate") if isinstance(generator, random.Random) else ("get_state", "set_state")
+    if state is not None:
+        getattr(generator, put)(state)
+    return getattr(generator, get)()
 
 # %% ../nbs/02_state.ipynb #d4187949
 class TrainingState:
@@ -101,7 +149,8 @@ class TrainingState:
 
     def capture(self) -> dict[str, Any]:
         "Return an independent copy of the state."
-        return copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()})
+        parts = reversed(self.parts.items())  # random first: asking a loader for its state may draw random numbers
+        return copy.deepcopy({name: part.state_dict() for name, part in parts})
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         "Put a captured state back; the snapshot stays as it is and can be restored again."
@@ -112,15 +161,28 @@ class TrainingState:
     def preserved(self) -> Iterator[None]:
         "Undo whatever happens inside, gradients included, also after an exception."
         snapshot = self.capture()
-        modules = [self.model, *(part for part in self.parts.values() if isinstance(part, nn.Module))]
+        held = [getattr(part, "model", part) for part in self.parts.values()]
+        modules = [module for module in held if isinstance(module, nn.Module)]
+        scalers = [part for part in held if getattr(part, "_per_optimizer_states", None) is not None]
+        stages = [scaler._per_optimizer_states for scaler in scalers]  # what `state_dict` leaves out: unscaled, stepped
+        for scaler, stage in zip(scalers, stages, strict=True):
+            scaler._per_optimizer_states = defaultdict(stage.default_factory)
         parameters = [parameter for module in modules for parameter in module.parameters()]
+        groups = {part: part.param_groups for part in held if isinstance(part, torch.optim.Optimizer)}
+        parameters += [parameter for these in groups.values() for group in these for parameter in group["params"]]
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
         try:
             yield
         finally:
-            self.restore(snapshot)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            with ExitStack() as stack:  # last in, first out, each whatever becomes of the others
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    stack.callback(_set_gradient, parameter, gradient)
+                for scaler, stage in zip(scalers, stages, strict=True):
+                    stack.callback(setattr, scaler, "_per_optimizer_states", stage)
+                for optimizer, these in groups.items():
+                    stack.callback(_keep_groups, optimizer, these)
+                for name, part in reversed(self.parts.items()):
+                    stack.callback(part.load_state_dict, snapshot[name])
 
     def save(
         self,
