@@ -11,9 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = "test_main_job.py", "test_pretrained.py", "test_cifar10.py", "test_engine.py"
-REPOSITORY = "test_repository.py", "test_package.py"  # what a package cannot answer
+REPOSITORY = "test_repository.py", "test_package.py", "test_colab.py"  # what a package cannot answer
 FLOORS = ["torch==2.4.*", "torchvision==0.19.*", "albumentations==2.0.8"]  # the oldest that settings.ini allows
-TOOLS = ["pytest", "pytest-xdist", "hypothesis", "selenium"]
+TOOLS = ["pytest", "pytest-xdist", "hypothesis", "selenium", "gradio"]
 
 
 def pythons() -> list[str]:
@@ -57,11 +57,10 @@ def try_out(python: str, package: Path, folder: Path, constraints: list[str], te
 def main() -> int:
     """Try every combination and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--all", action="store_true", help="all tests that need no repository, not only the quick ones")
-    parser.add_argument("pythons", nargs="*", help="interpreters, oldest first; without any, those on the path")
+    parser.add_argument("pythons", nargs="*", help="interpreters, oldest first; without any, those on the path. With the last one "
+                                                   "the wheel runs all tests that need no repository, elsewhere the quick ones")
     arguments = parser.parse_args()
-    tests = [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in REPOSITORY]
-    tests = tests if arguments.all else list(QUICK)
+    everything = [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in REPOSITORY]
     chosen, lines = arguments.pythons or pythons(), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -70,9 +69,10 @@ def main() -> int:
         trials = [(python, wheel, [], "wheel") for python in chosen]
         trials += [(chosen[0], wheel, FLOORS, "wheel, oldest requirements"), (chosen[0], sdist, [], "sdist")]
         for python, package, constraints, words in trials:
+            tests = everything if words == "wheel" and python == chosen[-1] else list(QUICK)
             version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.strip()
             passed = try_out(python, package, folder, constraints, tests)
-            lines.append(f"{version}, {words}: {'passed' if passed else 'FAILED'}")
+            lines.append(f"{version}, {words}, {len(tests)} test files: {'passed' if passed else 'FAILED'}")
             print(lines[-1], flush=True)
     print("\n".join(["", *lines]))
     return any(line.endswith("FAILED") for line in lines)
