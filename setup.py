@@ -1,6 +1,5 @@
 """Package attn_cifar from settings.ini, which nbdev reads too: every fact about the package is written there once."""
 
-import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -22,7 +21,9 @@ class BuildWithResults(build_py):
         super().run()
         if not self.editable_mode:
             results = Path(self.build_lib, "attn_cifar", "results")
-            shutil.copytree(root / "nbs" / "studies" / "results", results, dirs_exist_ok=True)
+            self.mkpath(str(results))
+            for path in sorted((root / "nbs" / "studies" / "results").glob("*.json")):
+                self.copy_file(str(path), str(results / path.name))
 
 
 setup(

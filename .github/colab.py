@@ -1,4 +1,4 @@
-"""Give every notebook its Colab badge, first cell and GPU runtime; `--try` executes them as Colab would."""
+"""Give every notebook but the index its Colab badge, first cell and GPU runtime; `--try` executes them as Colab would."""
 
 import argparse
 import json
@@ -45,7 +45,7 @@ def head_of(path: Path, cells: list[dict]) -> tuple[str, str]:
     wanted = [package for module, package in EXTRAS.items() if re.search(rf"^\s*(import|from) {module}\b", source, re.MULTILINE)]
     seconds = json.loads(TIMES.read_text(encoding="utf-8"))["seconds"].get(path.stem) if TIMES.exists() else None
     words = "" if seconds is None else (
-        f"{say(seconds)} without a GPU, and no more is expected of Colab's T4.")
+        f"{say(seconds)} without a GPU; Colab's T4 should not need longer (not measured).")
     return BADGE.format(link=link, words=words).strip(), CELL.format(packages=" ".join(["attn_cifar", *wanted]))
 
 

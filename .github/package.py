@@ -57,8 +57,8 @@ def try_out(python: str, package: Path, folder: Path, constraints: list[str], te
 def main() -> int:
     """Try every combination and print one line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pythons", nargs="*", help="interpreters, oldest first; without any, those on the path. With the last one "
-                                                   "the wheel runs all tests that need no repository, elsewhere the quick ones")
+    parser.add_argument("pythons", nargs="*", help="interpreters, oldest first; without any, those on the path. On the "
+                                                   "last one the wheel runs every test that needs no repository")
     arguments = parser.parse_args()
     everything = [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in REPOSITORY]
     chosen, lines = arguments.pythons or pythons(), []

@@ -215,7 +215,7 @@ class AlbumentationsTransform:
         self._stream: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        "Return the random stream outside worker processes."
+        "Return the random stream outside worker processes, to be kept in memory: it holds the pipeline."
         return {"stream": self._stream, "pipeline": self._pipeline}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

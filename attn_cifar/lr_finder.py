@@ -279,7 +279,10 @@ def find_lr(
         measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
         ours = {id(p) for p in model.parameters()}  # an optimizer may train more: the loss's own parameters
         outside = nn.ParameterList(p for group in optimizer.param_groups for p in group["params"] if id(p) not in ours)
-        transform = getattr(getattr(loader, "dataset", None), "transform", None)
+        dataset = getattr(loader, "dataset", None)
+        while not hasattr(dataset, "transform") and hasattr(dataset, "dataset"):  # a Subset, as random_split makes them
+            dataset = dataset.dataset
+        transform = getattr(dataset, "transform", None)
         transform = transform if hasattr(transform, "load_state_dict") else None  # with random numbers of its own
         more: dict[str, Any] = {"criterion": _ModelState(criterion) if isinstance(criterion, nn.Module) else None,
                 "valid": valid if hasattr(valid, "state_dict") else None, "transform": transform,
@@ -310,8 +313,9 @@ class _Test:
                  measure: _Measure, scaler: torch.amp.GradScaler, accumulate: int):
         self.model, self.loader, self.measure = model if model.training else model.train(), loader, measure
         own = loader if isinstance(loader, Batches) else None  # any other loader goes on to other batches
+        criterion = _ModelState(measure.criterion) if isinstance(measure.criterion, nn.Module) else None
         self.state = TrainingState(model, own, random=False,  # each sweep draws its own
-                                   optimizer=optimizer, scaler=scaler, outside=outside)
+                                   optimizer=optimizer, scaler=scaler, outside=outside, criterion=criterion)
         self.start = self.state.capture()
         self.stepper = Stepper(model, optimizer, endless(loader), measure, scaler, accumulate)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -421,8 +425,8 @@ class _Test:
         good = [lr for lr, loss in tried if learnt and loss <= least + _SOFT * abs(level - least)]
         low, high = min([suggestion, *good]), max([suggestion, *good])
         if len(good) == 1:  # what is about as good ends somewhere before the next trials, a factor of _SPACING away
-            failed = any(math.isinf(loss) for lr, loss in tried if lr > best)
-            low, high = min(low, best / _SPACING**0.5), high if failed else max(high, best * _SPACING**0.5)
+            above = next((loss for lr, loss in tried if lr > best), 0.0)
+            low, high = min(low, best / _SPACING**0.5), high if math.isinf(above) else max(high, best * _SPACING**0.5)
         return replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=low, high=high,
                        points={**result.points, "trials": suggestion})
 

@@ -285,8 +285,9 @@ _ANSWERS = {  # what each method shows
     "gradient_attention": ("Gradient-weighted attention", "The same, as far as it raises the logit of the predicted class."),
     "attention": ("Attention", "How much attention each position receives from all others, layer by layer."),
 }
-_VERDICTS = {"believable": "taking away what they mark hurts more than chance", "unproven": "no better or worse than chance here",
-             "misleading": "what they mark matters less than what they do not", "empty": "there is nothing in them",
+_VERDICTS = {"believable": "taking away what they mark hurts more than as much elsewhere",
+             "misleading": "taking away what they mark hurts less than as much elsewhere",
+             "unproven": "no better or worse than chance here", "empty": "there is nothing in them",
              "indifferent": "a network with shuffled weights gives the same"}
 
 

@@ -254,7 +254,9 @@ def _check_kinds(value: Any, kind: Any, where: str) -> None:
 
 
 def refuse_other_run(folder: str | os.PathLike, resume: bool) -> None:
-    "Raise `InputError` where a folder already holds a run that is not to be resumed."
+    "Raise `InputError` where a folder already holds a run that is not to be resumed, or half of one."
+    if (Path(folder) / "checkpoint").exists() and not (Path(folder) / "config.json").exists():
+        raise InputError(f"{folder} holds a checkpoint, but no config.json to say of which run: choose another folder")
     if (Path(folder) / "config.json").exists() and not resume:
         raise InputError(f"{folder} already holds a run: choose another folder, or go on with it (--resume, resume=True)")
 

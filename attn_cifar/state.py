@@ -56,14 +56,16 @@ class _ModelState:
         for module, training in zip(self.model.modules(), state["training"], strict=True):
             module.training = training
         values = {**state["weights"], **state["other_buffers"]}
-        shapes = state.get("shapes", {})  # a checkpoint of an older version has none
-        for path, module in ((path, module) for path, module in self.model.named_modules() if path in shapes):
+        shapes = state.get("shapes")  # in memory only
+        like = next(self.model.parameters(), torch.zeros(()))
+        for path, module in self.model.named_modules() if shapes else ():
             for name, buffer in list(module._buffers.items()):
                 shape = shapes[path].get(name, ...)
                 if shape is ...:  # registered since, in a forward pass
                     delattr(module, name)
                 elif shape != (None if buffer is None else list(buffer.shape)):
-                    module._buffers[name] = None if shape is None else values[f"{path}.{name}".lstrip(".")].clone()
+                    value = None if shape is None else values[f"{path}.{name}".lstrip(".")]
+                    module._buffers[name] = None if value is None else value.to(like.device, copy=True)
         self.model.load_state_dict(state["weights"])
         with torch.no_grad():
             for name, value in state["other_buffers"].items():
@@ -95,9 +97,11 @@ class _RandomState:
     def __init__(self, loader: Any = None):
         batch_sampler, dataset = getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None)
         holders = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None), dataset]
-        found = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
-        self.generators = [value for value in found if isinstance(value, torch.Generator)]
-        self.others = [value for value in found if isinstance(value, random.Random | np.random.Generator | np.random.RandomState)]
+        usual = [getattr(holder, "generator", None) for holder in holders]
+        self.generators = [generator for generator in usual if isinstance(generator, torch.Generator)]
+        known, kinds = set(map(id, self.generators)), (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+        self.others = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()
+                       if isinstance(value, kinds) and id(value) not in known]
 
     def state_dict(self) -> dict:
         return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
@@ -113,12 +117,12 @@ class _RandomState:
             torch.cuda.set_rng_state_all(state["cuda"])
         for generator, value in zip(self.generators, state["loader"], strict=True):
             generator.set_state(value)
-        for other, value in zip(self.others, state.get("others", []), strict=True):
+        for other, value in zip(self.others, state["others"], strict=True) if "others" in state else ():
             _state_of(other, value)
 
 
 def _state_of(generator: Any, state: Any = None) -> Any:
-    "Return the state of a generator of Python's or NumPy's; put `state` back if there is one."
+    "Return the state of a generator of any kind; put `state` back if there is one."
     if isinstance(generator, np.random.Generator):
         if state is not None:
             generator.bit_generator.state = state
@@ -161,17 +165,18 @@ class TrainingState:
     def preserved(self) -> Iterator[None]:
         "Undo whatever happens inside, gradients included, also after an exception."
         snapshot = self.capture()
-        held = [getattr(part, "model", part) for part in self.parts.values()]
+        held = [part.model if isinstance(part, _ModelState) else part for part in self.parts.values()]
         modules = [module for module in held if isinstance(module, nn.Module)]
         scalers = [part for part in held if getattr(part, "_per_optimizer_states", None) is not None]
         stages = [scaler._per_optimizer_states for scaler in scalers]  # what `state_dict` leaves out: unscaled, stepped
-        for scaler, stage in zip(scalers, stages, strict=True):
-            scaler._per_optimizer_states = defaultdict(stage.default_factory)
         parameters = [parameter for module in modules for parameter in module.parameters()]
         groups = {part: part.param_groups for part in held if isinstance(part, torch.optim.Optimizer)}
         parameters += [parameter for these in groups.values() for group in these for parameter in group["params"]]
+        parameters = list(dict.fromkeys(parameters))
         gradients = [None if p.grad is None else p.grad.clone() for p in parameters]
         try:
+            for scaler, stage in zip(scalers, stages, strict=True):
+                scaler._per_optimizer_states = defaultdict(stage.default_factory)
             yield
         finally:
             with ExitStack() as stack:  # last in, first out, each whatever becomes of the others
@@ -191,6 +196,7 @@ class TrainingState:
     ) -> None:
         "Write the state to one safetensors file, atomically: a reader sees the old file or the new one."
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["model"].pop("shapes")  # a file that is of another network is refused
         own = {"random": state.get("random"), "buffers": {name: buffer.cpu() for name, buffer in self.model.named_buffers()}}
         others = self.processes.gather(own)[1:]  # what differs from process to process
         if self.processes.rank == 0:

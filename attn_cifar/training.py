@@ -346,18 +346,16 @@ def check_output(model: nn.Module, data: ImageData) -> None:
 
 def _open_folder(folder: Path, config: dict[str, Any], resume: bool) -> tuple[dict[str, Any], Engine]:
     "Make the run folder, or check that the run in it is the one asked for; return its configuration."
+    refuse_other_run(folder, resume)
     stored_at = folder / "config.json"
     config = json.loads(json.dumps(config))
     if not stored_at.exists():
-        if (folder / CHECKPOINT).exists():
-            raise InputError(f"{folder} holds a checkpoint, but no config.json to say of which run: choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(stored_at, json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"the run folder {folder} cannot be written ({error.strerror})") from error
         return config, Engine(**config["engine"])
-    refuse_other_run(folder, resume)
     stored = read_config(folder)
     _refuse_difference(stored, config, f"{folder} holds another run")
     return stored, Engine(**stored["engine"])
