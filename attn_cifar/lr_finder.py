@@ -279,7 +279,7 @@ def find_lr(
         measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
         ours = {id(p) for p in model.parameters()}  # an optimizer may train more: the loss's own parameters
         outside = nn.ParameterList(p for group in optimizer.param_groups for p in group["params"] if id(p) not in ours)
-        dataset = getattr(loader, "dataset", None)
+        dataset: Any = getattr(loader, "dataset", None)
         while not hasattr(dataset, "transform") and hasattr(dataset, "dataset"):  # a Subset, as random_split makes them
             dataset = dataset.dataset
         transform = getattr(dataset, "transform", None)

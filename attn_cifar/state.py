@@ -167,7 +167,7 @@ class TrainingState:
         snapshot = self.capture()
         held = [part.model if isinstance(part, _ModelState) else part for part in self.parts.values()]
         modules = [module for module in held if isinstance(module, nn.Module)]
-        scalers = [part for part in held if getattr(part, "_per_optimizer_states", None) is not None]
+        scalers: list[Any] = [part for part in held if getattr(part, "_per_optimizer_states", None) is not None]
         stages = [scaler._per_optimizer_states for scaler in scalers]  # what `state_dict` leaves out: unscaled, stepped
         parameters = [parameter for module in modules for parameter in module.parameters()]
         groups = {part: part.param_groups for part in held if isinstance(part, torch.optim.Optimizer)}
