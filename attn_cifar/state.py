@@ -56,7 +56,7 @@ class _ModelState:
         for module, training in zip(self.model.modules(), state["training"], strict=True):
             module.training = training
         values = {**state["weights"], **state["other_buffers"]}
-        shapes = state.get("shapes")  # in memory only
+        shapes = state.get("shapes", {})  # in memory only
         like = next(self.model.parameters(), torch.zeros(()))
         for path, module in self.model.named_modules() if shapes else ():
             for name, buffer in list(module._buffers.items()):
