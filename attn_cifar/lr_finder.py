@@ -412,8 +412,8 @@ class _Test:
             return replace(result, trials=tried, doubt=result.doubt or "the loss of every short training was no number")
         doubt = None
         if not learnt:
-            doubt = f"too little shows that it learns: the best of the short trainings ended at {least:.3g}, and " \
-                    f"{'it began at' if guessing is None else 'guessing reaches'} {level:.3g}, which chance can explain"
+            doubt = f"nothing shows that it learns: the best of the short trainings ended at a loss of {least:.3g}, and " \
+                    f"{'they began' if guessing is None else 'guessing is'} at {level:.3g}, so it may be chance"
             if result.doubt or result.reason:  # nor does the curve say anything
                 if usual is None:
                     return replace(result, trials=tried, doubt=doubt)
