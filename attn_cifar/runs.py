@@ -199,8 +199,8 @@ def load_run(
         raise InputError(f"{folder} holds a run that cannot be read ({error})") from error
     if (folder / "model.safetensors").exists():
         if model is None and config["model"] not in MODELS:
-            raise InputError(f"{folder} holds a {config['model']}, which only its own code can make: in Python, pass a fresh one as "
-                             "model=")
+            raise InputError(f"{folder} holds a {config['model']}, which only its own code can make: in Python, pass a fresh one "
+                             "as model=")
         model = model or create_model(config["model"], len(config["data"]["class_names"]))
         try:
             model.load_state_dict(read_tensors(folder / "model.safetensors"))
