@@ -46,7 +46,8 @@ def try_out(python: str, package: Path, folder: Path, constraints: list[str], te
         subprocess.run([str(bin_ / "python"), "-m", "pip", "check"], check=True, capture_output=True)
         alone = folder / "alone"
         shutil.copytree(ROOT / "tests", alone / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        run = {"cwd": alone, "env": {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}", "HOME": str(folder)}}
+        variables = {"PATH": f"{bin_}:{os.environ['PATH']}", "HOME": str(folder), "OMP_NUM_THREADS": "1"}  # as in `make test`
+        run = {"cwd": alone, "env": {**os.environ, **variables}}
         command = [str(bin_ / "python"), "-m", "pytest", "-q", "-n", "2", *(f"tests/{name}" for name in tests)]
         return subprocess.run(command, **run).returncode == 0
     finally:

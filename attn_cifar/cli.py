@@ -140,7 +140,7 @@ def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     run = train(model, data, recipe=recipe, out=out, resume=arguments.resume, seed=arguments.seed, device=arguments.device,
                 deterministic=arguments.deterministic, verbose=not arguments.json, notes=notes)
     if not processes.rank and not arguments.json:
-        print("writing the report: it measures which explanations can be believed", flush=True)
+        print("writing the report, which measures whether explanations can be believed", flush=True)
     report = processes.from_first(lambda: make_report(out, data))
     last = run.history[-1]
     if processes.rank:
