@@ -40,8 +40,10 @@ def address(tmp_path_factory):
     pytest.importorskip("gradio", reason="the page is an optional extra: pip install gradio")
     port, home = free_port(), tmp_path_factory.mktemp("home")
     command = [sys.executable, "-m", "attn_cifar", "app", "attn_tiny", "--port", str(port)]
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore Ctrl-C, and hand that on
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "HOME": str(home)})
+    signal.signal(signal.SIGINT, heard)
     said = process.stdout.readline()
     assert f"http://127.0.0.1:{port}" in said, said + process.stderr.read()
     yield f"http://127.0.0.1:{port}"
