@@ -80,6 +80,18 @@ class _Tokens(nn.Module):
         return self.patches(images).flatten(2).transpose(1, 2) + self.positions
 
 
+class _Gated(nn.Module):
+    "Transform each position of (B, N, C) by itself, half of the inner features gating the other half."
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.up(x).chunk(2, 2)
+        return self.down(F.silu(gate) * value)
+
+
 class _AsTokens(nn.Module):
     "Turn (B, C, H, W) into (B, H W, C)."
 
@@ -103,6 +115,11 @@ def _conv(inputs: int, outputs: int, norm: bool = True, stride: int = 1) -> list
     return [convolution, *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU()]
 
 
+def _separable(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, inputs, 3, stride=stride, padding=1, groups=inputs, bias=False),
+            nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
 def _head(width: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)]
 
@@ -124,7 +141,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         *_conv(3, 16, stride=2), *_conv(16, 32, stride=2),
         *(_Residual(*_conv(32, 32), nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)) for _ in range(2)),
         *_head(32)),
-    # held out
+    # held out at first, and seen since
     "convolution and attention": lambda: nn.Sequential(
         *_conv(3, 16, stride=2), *_conv(16, 32, stride=2), _AsTokens(), _Residual(nn.LayerNorm(32), _Attention(32)),
         _Residual(nn.LayerNorm(32), _mlp(32, 64)), nn.LayerNorm(32), _Mean(), nn.Linear(32, 10)),
@@ -135,8 +152,18 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual mlp, layer norm": lambda: nn.Sequential(
         nn.AvgPool2d(2), nn.Flatten(), nn.Linear(768, 128), *(_Residual(nn.LayerNorm(128), _mlp(128, 128)) for _ in range(3)),
         nn.LayerNorm(128), nn.Linear(128, 10)),
+    # held out
+    "gated transformer, rms norm": lambda: nn.Sequential(
+        _Tokens(48), *(_Residual(nn.RMSNorm(48), part) for _ in range(2) for part in (_Attention(48), _Gated(48, 64))),
+        nn.RMSNorm(48), _Mean(), nn.Linear(48, 10)),
+    "conv, tanh": lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(16, 32, 5, padding=2), nn.Tanh(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.Tanh(), nn.Linear(64, 10)),
+    "separable conv, batch norm": lambda: nn.Sequential(
+        *_conv(3, 16, stride=2), *_separable(16, 32, 2), *(_Residual(*_separable(32, 32)) for _ in range(2)),
+        *_separable(32, 64), *_head(64)),
 }
-HELD_OUT = tuple(NETWORKS)[6:]
+HELD_OUT = tuple(NETWORKS)[9:]
 
 # %% ../nbs/09_finders.ipynb #272ad72d
 @dataclass(frozen=True)
@@ -154,8 +181,13 @@ class Setting:
 
     @property
     def grid(self) -> list[float]:
-        "The learning rates that are tried: three a decade."
-        return [10 ** ((k - 7) / 3) * (1.0 if self.optimizer == "sgd" else 0.1) for k in range(8)]
+        "The learning rates that are tried first: three a decade."
+        return [float(f"{10 ** ((k - 7) / 3) * (1.0 if self.optimizer == 'sgd' else 0.1):.4g}") for k in range(8)]
+
+    def beside(self, accuracy: np.ndarray) -> list[float]:
+        "Return the learning rates half a step beside the best of the grid, given the mean accuracies; float (8,)."
+        best = int(accuracy.argmax())
+        return [float(f"{self.grid[best] * 10 ** (side / 6):.4g}") for side in (-1, 1) if 0 <= best + side < len(self.grid)]
 
     def make(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -214,6 +246,10 @@ def _ask_ours(model: nn.Module, batches: Batches, recipe: Recipe, folder: Path) 
     return {"ours": found.suggestion} | {f"ours, {name}": lr for name, lr in found.points.items() if name != "trials"}
 
 
+def _ask_ours_longer(model: nn.Module, batches: Batches, recipe: Recipe, folder: Path) -> dict[str, float | None]:
+    return {"ours, three epochs": find_lr(model, batches, recipe=recipe, budget=3).suggestion}
+
+
 def _ask_fastai(model: nn.Module, batches: Batches, recipe: Recipe, folder: Path) -> dict[str, float | None]:
     from fastai.callback.schedule import minimum, slide, steep, valley
     from fastai.vision.all import DataLoaders, Learner, OptimWrapper
@@ -261,7 +297,8 @@ def _ask_lightning(model: nn.Module, batches: Batches, recipe: Recipe, folder: P
     return {"Lightning": found.suggestion()}
 
 
-FINDERS = {"ours": _ask_ours, "fastai": _ask_fastai, "torch-lr-finder": _ask_torch_lr_finder, "Lightning": _ask_lightning}
+FINDERS = {"ours": _ask_ours, "ours, three epochs": _ask_ours_longer, "fastai": _ask_fastai,
+           "torch-lr-finder": _ask_torch_lr_finder, "Lightning": _ask_lightning}
 
 
 def ask(
@@ -286,7 +323,7 @@ def ask(
 def available_finders() -> list[str]:
     "Return the finders whose packages are installed, ours first."
     packages = {"fastai": "fastai", "torch-lr-finder": "torch_lr_finder", "Lightning": "lightning"}
-    return [name for name in FINDERS if name == "ours" or importlib.util.find_spec(packages[name])]
+    return [name for name in FINDERS if name not in packages or importlib.util.find_spec(packages[name])]
 
 # %% ../nbs/09_finders.ipynb #b542a34c
 NO_ANSWER = 1e-3  # PyTorch's default for SGD, Adam and AdamW
@@ -356,7 +393,7 @@ def lr_finders(data: str = "cifar10", results: str = "nbs/studies/results/lr_fin
     stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {
         "study": "lr_finders", "command": "attn-cifar study lr_finders", "machine": describe_machine(),
         "cost": [], "grid": [], "asked": []}
-    trained = {_key(row) for row in stored["grid"]}
+    trained = {_key(row): row for row in stored["grid"]}
     asked = {(*_key(row), row["finder"]) for row in stored["asked"]}
     images = {name: setting_data(name, data, train, valid) for name in {setting.data for setting in settings}}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,13 +408,24 @@ def lr_finders(data: str = "cifar10", results: str = "nbs/studies/results/lr_fin
             stored["cost"].append({"network": setting.network, "batch_size": setting.batch_size,
                                    "threads": torch.get_num_threads(), "ratios": measure_sweep(setting, images["cifar10"])})
             store()
+    def train_at(setting: Setting, seed: int, lrs: Sequence[float]) -> np.ndarray:
+        "Train at the learning rates that are missing; return the accuracies at all of these."
+        where = {**vars(setting), "seed": seed}
+        row = trained.setdefault(_key(where), {**where, "lrs": [], "accuracy": []})
+        known = dict(zip(row["lrs"], row["accuracy"]))
+        for lr in lrs:
+            if lr not in known:
+                known[lr] = train_setting(setting, images[setting.data], lr, seed)
+        row["lrs"], row["accuracy"] = map(list, zip(*sorted(known.items())))
+        stored["grid"] = list(trained.values())
+        store()
+        return np.array([known[lr] for lr in lrs])
+
     for setting in settings:
+        mean = np.mean([train_at(setting, seed, setting.grid) for seed in seeds], axis=0)
         for seed in seeds:
+            train_at(setting, seed, setting.beside(mean))
             where = {**vars(setting), "seed": seed}
-            if _key(where) not in trained:
-                accuracy = [train_setting(setting, images[setting.data], max_lr, seed) for max_lr in setting.grid]
-                stored["grid"].append({**where, "lrs": setting.grid, "accuracy": accuracy})
-                store()
             for finder in available_finders():
                 if (*_key(where), finder) not in asked:
                     stored["asked"].append(ask(finder, setting, images[setting.data], seed))

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cache, partial
+from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,6 @@ class Stepper:
         self.scaler.update()
         return total
 
-    def look(self, count: int) -> tuple[float, float]:
-        "Return the mean loss of the next batches, two at least, without training on them, and its standard error."
-        with torch.no_grad():
-            losses = [self.loss_of(self.model, next(self.batches)).item() for _ in range(count)]
-        return float(np.mean(losses)), float(np.std(losses, ddof=1) / math.sqrt(count))
-
 
 def sweep(
     stepper: Stepper,
@@ -118,10 +113,11 @@ def endless(loader: Iterable) -> Iterator:
             raise InputError("the loader has one batch only, so a sweep would learn it by heart: choose a smaller batch_size")
 
 # %% ../nbs/04_lr_finder.ipynb #75f35e86
-_SPACING = 10 ** (1 / 3)
+_SPACING = 10 ** (2 / 3)
 _SOFT = 0.2  # of the fall: a trial that much worse than the best weighs 1/e
-_ENOUGH = 0.1  # of the loss: a trial has to fall by that much, or trials get longer
+_ENOUGH = 0.15  # of the loss: a trial has to fall by that much, or trials get longer
 _LONGER = 1, 2, 4
+_MOST = 180  # batches of a trial, for each epoch that may be spent
 
 
 def _usual_rate(optimizer: torch.optim.Optimizer) -> float | None:
@@ -144,7 +140,8 @@ def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list
     place = 0
     value(0)
     while len(found) < most:
-        missing = [near for near in (place - 1, place + 1) if near not in found]
+        sides = (place + 1, place - 1) if math.isfinite(found[place]) else (place - 1,)
+        missing = [near for near in sides if near not in found]
         if not missing:
             break
         value(missing[0])
@@ -226,9 +223,10 @@ def find_lr(
     metric: str = "loss",  # or "accuracy" (Smith's own test): read the share of errors in each batch instead
     start_lr: float = 1e-6,
     end_lr: float = 10.0,
-    num_steps: int | None = None,  # of the sweep; None: a fifth of an epoch, but 20 to 100; the trials share the rest
+    num_steps: int | None = None,  # of the sweep; None: a fifth of an epoch, but 20 to 100
     schedule: str = "exponential",  # or "linear"
-    trials: int = 5,  # short trainings after the sweep, 0 for none
+    trials: int = 4,  # the most short trainings after the sweep, 0 for none; three are enough as a rule
+    budget: float = 1.0,  # epochs for the sweep and three trials: the more, the longer and the surer
     repeats: int = 1,  # sweeps from the same weights through other batches; their range is the band
     accumulate: int = 1,  # batches a step
     diverge: float = 2.0,  # stop when the smoothed loss exceeds its minimum by this factor
@@ -246,6 +244,8 @@ def find_lr(
                                ("accumulate", accumulate, 1)):
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, not {value}")
+    if not 0 < budget < math.inf:
+        raise InputError(f"budget must be a positive number of epochs, not {budget}")
     if not (0 <= beta < 1 and diverge > 1):
         raise InputError(f"beta must lie in 0..1 and diverge above 1, not {beta} and {diverge}")
     if metric == "accuracy" and step is not None:
@@ -274,7 +274,7 @@ def find_lr(
         except TypeError:  # an iterator, or a DataLoader over one
             epoch = 500
         num_steps = num_steps or min(100, max(20, epoch // 5))
-        each = min(112, max(10, (epoch - num_steps) // max(trials, 1)))  # batches for a trial
+        each = int(min(_MOST * budget, max(10, (epoch * budget - num_steps) / 3)))  # batches for a trial
         lrs = np.geomspace(start_lr, end_lr, num_steps) if schedule == "exponential" else np.linspace(start_lr, end_lr, num_steps)
         measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
         ours = {id(p) for p in model.parameters()}  # an optimizer may train more: the loss's own parameters
@@ -374,16 +374,16 @@ class _Test:
         return float(np.mean(losses))
 
     def trial(self, peak: float, batches: int) -> tuple[float, float]:
-        "Train shortly from the start, up to a peak learning rate and down again; return the next batches' loss, and its error."
-        looks = max(4, batches // 8)
-        steps = batches - looks
-        rise = max(1, round(0.3 * steps))
+        "Train shortly from the start, up to a peak learning rate and down again; return the last batches' loss, and its error."
+        rise = max(1, round(0.3 * batches))
         shape = [0.04 + 0.48 * (1 - math.cos(math.pi * (k + 1) / rise)) for k in range(rise)]
-        shape += [0.5 * (1 + math.cos(math.pi * (k + 1) / (steps - rise + 1))) for k in range(steps - rise)]
+        shape += [0.5 * (1 + math.cos(math.pi * (k + 1) / (batches - rise + 1))) for k in range(batches - rise)]
         self.restart()
-        if not all(math.isfinite(loss) for loss in self.sweep(peak * part for part in shape)):
+        losses = list(takewhile(math.isfinite, self.sweep(peak * part for part in shape)))
+        if len(losses) < batches:
             return math.inf, 0.0
-        return self.stepper.look(looks)
+        last = losses[-max(4, batches // 8):]  # each before its step, so of a batch that the network has not seen
+        return float(np.mean(last)), float(np.std(last, ddof=1) / math.sqrt(len(last)))
 
     def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int) -> LRRangeTest:
         "Try learning rates around what the curve says; put what they say in the place of the curve's suggestion."
@@ -391,12 +391,13 @@ class _Test:
         level = head if guessing is None else min(head, guessing)
         usual, below = _usual_rate(self.stepper.optimizer), result.points.get("rise", float(result.lrs[len(result.smoothed) - 1]))
         start = result.points["minimum"] / 2 if result.reason is None else below / 8 if usual is None else min(usual, below / 2)
+        least = math.inf
         for longer in _LONGER:
             if longer > 1 and batches * longer > epoch:
                 break
             trial = cache(partial(self.trial, batches=batches * longer))
-            if longer > 1 and not trial(start)[0] < level - _ENOUGH * abs(level):
-                continue
+            if longer > 1 and not trial(start)[0] < least - 2.5 * trial(start)[1]:
+                continue  # twice as long has not helped, nor would it elsewhere
 
             def ends_at(lr: float, trial: Callable[[float], tuple[float, float]] = trial) -> float:
                 return trial(lr)[0]
@@ -422,9 +423,9 @@ class _Test:
             doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
         elif best in (tried[0][0], tried[-1][0]):
             doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials"
-        good = [lr for lr, loss in tried if learnt and loss <= least + _SOFT * abs(level - least)]
+        good = [lr for lr, loss in tried if learnt and loss <= least + _SOFT / 2 * abs(level - least)]
         low, high = min([suggestion, *good]), max([suggestion, *good])
-        if len(good) == 1:  # what is about as good ends somewhere before the next trials, a factor of _SPACING away
+        if len(good) == 1:  # what is about as good ends somewhere before the next trials
             above = next((loss for lr, loss in tried if lr > best), 0.0)
             low, high = min(low, best / _SPACING**0.5), high if math.isinf(above) else max(high, best * _SPACING**0.5)
         return replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=low, high=high,
