@@ -71,7 +71,7 @@ class LRRangeTest:
     reason: str | None = None  # why there is no suggestion
     points: dict[str, float] = field(default_factory=dict)  # learning rates by the name of a rule
     doubt: str | None = None  # why not to trust the suggestion
-    low: float | None = None  # from here to `high` trainings are about as good as at the suggestion
+    low: float | None = None  # from here to `high` trainings are about as good as at the suggestion; None: nothing shows where
     high: float | None = None
     band: np.ndarray | None = None  # float (2, N): lowest and highest loss over repeats
     validation: np.ndarray | None = None  # float (N,): the validation loss after each step

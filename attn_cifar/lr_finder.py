@@ -390,14 +390,19 @@ class _Test:
         head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
         level = head if guessing is None else min(head, guessing)
         usual, below = _usual_rate(self.stepper.optimizer), result.points.get("rise", float(result.lrs[len(result.smoothed) - 1]))
-        start = result.points["minimum"] / 2 if result.reason is None else below / 8 if usual is None else min(usual, below / 2)
-        least = math.inf
+        if result.reason is not None:
+            start = below / 8 if usual is None else min(usual, below / 2)
+        elif result.doubt is None or usual is None:
+            start = result.points["minimum"] / 2
+        else:  # half way between what the curve says and what is usual
+            start = math.sqrt(result.points["minimum"] / 2 * usual)
+        least, learnt = math.inf, False
         for longer in _LONGER:
             if longer > 1 and batches * longer > epoch:
                 break
             trial = cache(partial(self.trial, batches=batches * longer))
-            if longer > 1 and not trial(start)[0] < least - 2.5 * trial(start)[1]:
-                continue  # twice as long has not helped, nor would it elsewhere
+            if longer > 1 and not learnt and not trial(start)[0] < least - 2.5 * trial(start)[1]:
+                continue  # neither has learnt anything
 
             def ends_at(lr: float, trial: Callable[[float], tuple[float, float]] = trial) -> float:
                 return trial(lr)[0]
@@ -423,13 +428,16 @@ class _Test:
             doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
         elif best in (tried[0][0], tried[-1][0]):
             doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials"
-        good = [lr for lr, loss in tried if learnt and loss <= least + _SOFT / 2 * abs(level - least)]
+        result = replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=None, high=None,
+                         points={**result.points, "trials": suggestion})
+        if not learnt:
+            return result
+        good = [lr for lr, loss in tried if loss <= least + _SOFT / 2 * abs(level - least)]
         low, high = min([suggestion, *good]), max([suggestion, *good])
         if len(good) == 1:  # what is about as good ends somewhere before the next trials
             above = next((loss for lr, loss in tried if lr > best), 0.0)
             low, high = min(low, best / _SPACING**0.5), high if math.isinf(above) else max(high, best * _SPACING**0.5)
-        return replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=low, high=high,
-                       points={**result.points, "trials": suggestion})
+        return replace(result, low=low, high=high)
 
 
 def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: float,
