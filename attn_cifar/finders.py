@@ -381,7 +381,7 @@ def measure_sweep(
         assert len(found.lrs) == steps
 
     def plain(model: nn.Module, batches: Batches) -> None:
-        optimizer, total = make_optimizer(model, recipe), torch.zeros(())
+        optimizer, total = make_optimizer(model, replace(recipe, max_lr=1e-6)), torch.zeros(())
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 1e3 ** (1 / steps))
         with keep_memory():
             for images, labels in islice(batches, steps):

@@ -352,9 +352,12 @@ class _Test:
             smoothed = average / (1 - beta**count)
             best = min(best, smoothed)
             seen.append(loss)
-            noise = 3 * float(np.median(np.abs(np.diff(seen)))) if count > 10 else 0.0  # a loss near zero has no scale but that
-            if not math.isfinite(loss) or (count > 10 and smoothed - best > (diverge - 1) * max(abs(best), noise)):
+            if not math.isfinite(loss):
                 break
+            if count > 10 and smoothed - best > (diverge - 1) * abs(best):
+                noise = 3 * float(np.median(np.abs(np.diff(seen))))  # a loss near zero has no scale but that
+                if smoothed - best > (diverge - 1) * noise:
+                    break
         return curves
 
     def validate(self, valid: Iterable) -> float:
