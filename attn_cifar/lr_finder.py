@@ -274,7 +274,7 @@ def find_lr(
         except TypeError:  # an iterator, or a DataLoader over one
             epoch = 500
         num_steps = num_steps or min(100, max(20, epoch // 5))
-        each = int(min(_MOST * budget, max(10, (epoch * budget - num_steps) / 3)))  # batches for a trial
+        each = int(max(10, min(_MOST * budget, (epoch * budget - num_steps) / 3)))  # batches for a trial
         lrs = np.geomspace(start_lr, end_lr, num_steps) if schedule == "exponential" else np.linspace(start_lr, end_lr, num_steps)
         measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
         ours = {id(p) for p in model.parameters()}  # an optimizer may train more: the loss's own parameters
