@@ -117,7 +117,9 @@ _SPACING = 10 ** (2 / 3)
 _SOFT = 0.2  # of the fall: a trial that much worse than the best weighs 1/e
 _ENOUGH = 0.15  # of the loss: a trial has to fall by that much, or trials get longer
 _LONGER = 1, 2, 4
-_MOST = 180  # batches of a trial, for each epoch that may be spent
+_MOST = 180  # batches of a trial, where no more than the usual epochs may be spent
+_BUDGET = 2.0  # epochs
+_HORIZON = 4  # epochs: the longest trainings that were measured
 
 
 def _usual_rate(optimizer: torch.optim.Optimizer) -> float | None:
@@ -156,6 +158,11 @@ def _best_rate(trials: list[tuple[float, float]], level: float) -> float | None:
         return None
     weights = np.exp(-(losses - losses.min()) / max(_SOFT * (level - losses.min()), 1e-12))
     return float(np.exp((weights * np.log(lrs)).sum() / weights.sum()))
+
+
+def _for_length(epochs: int) -> float:
+    "Return which part of the learning rate that trials speak for a training of so many epochs wants."
+    return min(epochs, _HORIZON) ** (-1 / 3)
 
 # %% ../nbs/04_lr_finder.ipynb #ce956558
 class _Measure:
@@ -218,7 +225,7 @@ def find_lr(
     optimizer: torch.optim.Optimizer | None = None,  # None: the recipe's; its groups keep their ratios
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,  # (output, labels) -> loss; None: cross-entropy
     step: Callable[[nn.Module, Any], Tensor] | None = None,  # (model, batch) -> loss, for batches of any other form
-    recipe: Recipe | str | None = None,  # as in `fit`: batch size, augmentation, optimizer, L1 term
+    recipe: Recipe | str | None = None,  # as in `fit`: epochs, batch size, augmentation, optimizer, L1 term
     valid: Iterable | None = None,  # batches: their loss is measured after each step, and is the curve that is read
     metric: str = "loss",  # or "accuracy" (Smith's own test): read the share of errors in each batch instead
     start_lr: float = 1e-6,
@@ -226,7 +233,7 @@ def find_lr(
     num_steps: int | None = None,  # of the sweep; None: a fifth of an epoch, but 20 to 100
     schedule: str = "exponential",  # or "linear"
     trials: int = 4,  # the most short trainings after the sweep, 0 for none; three are enough as a rule
-    budget: float = 1.0,  # epochs for the sweep and three trials: the more, the longer and the surer
+    budget: float = _BUDGET,  # epochs for the sweep and three trials: the more, the longer and the surer
     repeats: int = 1,  # sweeps from the same weights through other batches; their range is the band
     accumulate: int = 1,  # batches a step
     diverge: float = 2.0,  # stop when the smoothed loss exceeds its minimum by this factor
@@ -235,7 +242,7 @@ def find_lr(
     seed: int = 0,  # of order and augmentation, where `data` is a data set
     device: str | None = None,  # as in `fit`
     precision: str | None = None,
-    **changes: Any,  # fields of the recipe to change, as in `fit`: batch_size=…
+    **changes: Any,  # fields of the recipe to change, as in `fit`: epochs=… (long trainings want less), batch_size=…
 ) -> LRRangeTest:
     "Run an LR range test (Smith 2015), then short trials, and restore everything they touched. Raises `InputError`."
     if not (0 < start_lr < end_lr and math.isfinite(end_lr)):
@@ -274,7 +281,8 @@ def find_lr(
         except TypeError:  # an iterator, or a DataLoader over one
             epoch = 500
         num_steps = num_steps or min(100, max(20, epoch // 5))
-        each = int(max(10, min(_MOST * budget, (epoch * budget - num_steps) / 3)))  # batches for a trial
+        most = _MOST * max(1.0, budget / _BUDGET)
+        each = int(max(10, min(most, (epoch * budget - num_steps) / 3)))  # batches for a trial
         lrs = np.geomspace(start_lr, end_lr, num_steps) if schedule == "exponential" else np.linspace(start_lr, end_lr, num_steps)
         measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
         ours = {id(p) for p in model.parameters()}  # an optimizer may train more: the loss's own parameters
@@ -295,7 +303,7 @@ def find_lr(
                 result, differ = _join_curves(lrs, curves, beta, measure.guessing() if plain else None)
                 if trials and plain and len(result.smoothed) >= 10:
                     try:
-                        result = test.refine(result, trials, each, epoch)
+                        result = test.refine(result, trials, each, epoch, _for_length(recipe.epochs))
                     except _UsedUp:
                         said = "the iterator ended before the short trainings did: pass the loader itself"
                         result = replace(result, doubt=result.doubt or said)
@@ -388,8 +396,8 @@ class _Test:
         last = losses[-max(4, batches // 8):]  # each before its step, so of a batch that the network has not seen
         return float(np.mean(last)), float(np.std(last, ddof=1) / math.sqrt(len(last)))
 
-    def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int) -> LRRangeTest:
-        "Try learning rates around what the curve says; put what they say in the place of the curve's suggestion."
+    def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int, part: float = 1.0) -> LRRangeTest:
+        "Try learning rates around what the curve says; put a part of what they say in the place of the curve's suggestion."
         head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
         level = head if guessing is None else min(head, guessing)
         usual, below = _usual_rate(self.stepper.optimizer), result.points.get("rise", float(result.lrs[len(result.smoothed) - 1]))
@@ -419,7 +427,7 @@ class _Test:
         suggestion = _best_rate(tried, level)
         if suggestion is None:
             return replace(result, trials=tried, doubt=result.doubt or "the loss of every short training was no number")
-        doubt = None
+        doubt, inner = None, [loss for _, loss in (tried[1:2] if best == tried[0][0] else tried[-2:-1])]
         if not learnt:
             doubt = f"nothing shows that it learns: the best of the short trainings ended at a loss of {least:.3g}, and " \
                     f"{'they began' if guessing is None else 'guessing is'} at {level:.3g}, so it may be chance"
@@ -429,10 +437,10 @@ class _Test:
                 suggestion = min(usual, below / 2, max(lr for lr, loss in tried if math.isfinite(loss)))
         elif batches > epoch:
             doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
-        elif best in (tried[0][0], tried[-1][0]):
+        elif best in (tried[0][0], tried[-1][0]) and all(loss > least + 2.5 * trial(best)[1] for loss in inner):
             doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials"
-        result = replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=None, high=None,
-                         points={**result.points, "trials": suggestion})
+        result = replace(result, suggestion=part * suggestion if learnt else suggestion, reason=None, trials=tried, doubt=doubt,
+                         low=None, high=None, points={**result.points, "trials": suggestion})
         if not learnt:
             return result
         good = [lr for lr, loss in tried if loss <= least + _SOFT / 2 * abs(level - least)]
@@ -440,7 +448,7 @@ class _Test:
         if len(good) == 1:  # what is about as good ends somewhere before the next trials
             above = next((loss for lr, loss in tried if lr > best), 0.0)
             low, high = min(low, best / _SPACING**0.5), high if math.isinf(above) else max(high, best * _SPACING**0.5)
-        return replace(result, low=low, high=high)
+        return replace(result, low=part * low, high=part * high)
 
 
 def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: float,
