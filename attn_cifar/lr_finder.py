@@ -129,7 +129,8 @@ def _usual_rate(optimizer: torch.optim.Optimizer) -> float | None:
     return next((rate for kinds, rate in usual if isinstance(optimizer, kinds)), None)
 
 
-def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list[tuple[float, float]]:
+def _try_rates(trial: Callable[[float], float], start: float, most: int,
+               allowed: tuple[float, float] = (0.0, math.inf)) -> list[tuple[float, float]]:
     "Try learning rates downhill from `start`; return them and their losses, ascending; infinite for a loss that is no number."
     found: dict[int, float] = {}
 
@@ -143,7 +144,7 @@ def _try_rates(trial: Callable[[float], float], start: float, most: int) -> list
     value(0)
     while len(found) < most:
         sides = (place + 1, place - 1) if math.isfinite(found[place]) else (place - 1,)
-        missing = [near for near in sides if near not in found]
+        missing = [near for near in sides if near not in found and allowed[0] <= start * _SPACING**near <= allowed[1]]
         if not missing:
             break
         value(missing[0])
@@ -303,7 +304,7 @@ def find_lr(
                 result, differ = _join_curves(lrs, curves, beta, measure.guessing() if plain else None)
                 if trials and plain and len(result.smoothed) >= 10:
                     try:
-                        result = test.refine(result, trials, each, epoch, _for_length(recipe.epochs))
+                        result = test.refine(result, trials, each, epoch, _for_length(recipe.epochs), (start_lr, end_lr))
                     except _UsedUp:
                         said = "the iterator ended before the short trainings did: pass the loader itself"
                         result = replace(result, doubt=result.doubt or said)
@@ -396,7 +397,8 @@ class _Test:
         last = losses[-max(4, batches // 8):]  # each before its step, so of a batch that the network has not seen
         return float(np.mean(last)), float(np.std(last, ddof=1) / math.sqrt(len(last)))
 
-    def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int, part: float = 1.0) -> LRRangeTest:
+    def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int, part: float = 1.0,
+               allowed: tuple[float, float] = (0.0, math.inf)) -> LRRangeTest:
         "Try learning rates around what the curve says; put a part of what they say in the place of the curve's suggestion."
         head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
         level = head if guessing is None else min(head, guessing)
@@ -407,6 +409,7 @@ class _Test:
             start = result.points["minimum"] / 2
         else:  # half way between what the curve says and what is usual
             start = math.sqrt(result.points["minimum"] / 2 * usual)
+        start = min(max(start, allowed[0]), allowed[1])
         least, learnt = math.inf, False
         for longer in _LONGER:
             if longer > 1 and batches * longer > epoch:
@@ -418,7 +421,7 @@ class _Test:
             def ends_at(lr: float, trial: Callable[[float], tuple[float, float]] = trial) -> float:
                 return trial(lr)[0]
 
-            tried = _try_rates(ends_at, start, most)
+            tried = _try_rates(ends_at, start, most, allowed)
             best, least = min(tried, key=itemgetter(1))
             learnt = least < level - 2.5 * trial(best)[1]
             if least < level - _ENOUGH * abs(level):
@@ -438,7 +441,7 @@ class _Test:
         elif batches > epoch:
             doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
         elif best in (tried[0][0], tried[-1][0]) and all(loss > least + 2.5 * trial(best)[1] for loss in inner):
-            doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials"
+            doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials or a wider range"
         result = replace(result, suggestion=part * suggestion if learnt else suggestion, reason=None, trials=tried, doubt=doubt,
                          low=None, high=None, points={**result.points, "trials": suggestion})
         if not learnt:
