@@ -442,6 +442,9 @@ class _Test:
             doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
         elif best in (tried[0][0], tried[-1][0]) and all(loss > least + 2.5 * trial(best)[1] for loss in inner):
             doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials or a wider range"
+        elif least >= level - _ENOUGH * abs(level):
+            doubt = f"the short trainings hardly learnt (the best ended at a loss of {least:.3g}, and " \
+                    f"{'they began' if guessing is None else 'guessing is'} at {level:.3g}): a whole one may want another rate"
         result = replace(result, suggestion=part * suggestion if learnt else suggestion, reason=None, trials=tried, doubt=doubt,
                          low=None, high=None, points={**result.points, "trials": suggestion})
         if not learnt:
