@@ -312,7 +312,8 @@ _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
                        "--deterministic", "--device", *_DATA, "--json"), ()),
-    "find-lr": (_find_lr, ("--model", "--recipe", "--epochs", "--batch-size", "--seed", "--out", "--device", *_DATA, "--json"), ()),
+    "find-lr": (_find_lr, ("--model", "--recipe", "--epochs", "--batch-size", "--seed", "--out", "--device", *_DATA, "--json"),
+                ()),
     "evaluate": (_evaluate, ("--data", "--skip-bad", "--json"), ("run",)),
     "predict": (_predict, ("--json",), ("model", "images")),
     "explain": (_explain, ("--json",), ("model", "images")),

@@ -153,7 +153,7 @@ def _try_rates(trial: Callable[[float], float], start: float, most: int,
 
 
 def _best_rate(trials: list[tuple[float, float]], level: float) -> float | None:
-    "Return the learning rate that trials speak for, given the loss of who has learnt nothing; None where none was a number."
+    "Return the learning rate that trials speak for, given the loss before anything is learnt; None where none was a number."
     lrs, losses = np.array(trials).T
     if not np.isfinite(losses.min()):
         return None
@@ -162,7 +162,7 @@ def _best_rate(trials: list[tuple[float, float]], level: float) -> float | None:
 
 
 def _for_length(epochs: int) -> float:
-    "Return which part of the learning rate that trials speak for a training of so many epochs wants."
+    "Return the factor by which a training of so many epochs lowers the learning rate that trials speak for."
     return min(epochs, _HORIZON) ** (-1 / 3)
 
 # %% ../nbs/04_lr_finder.ipynb #ce956558
@@ -227,13 +227,13 @@ def find_lr(
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,  # (output, labels) -> loss; None: cross-entropy
     step: Callable[[nn.Module, Any], Tensor] | None = None,  # (model, batch) -> loss, for batches of any other form
     recipe: Recipe | str | None = None,  # as in `fit`: epochs, batch size, augmentation, optimizer, L1 term
-    valid: Iterable | None = None,  # batches: their loss is measured after each step, and is the curve that is read
-    metric: str = "loss",  # or "accuracy" (Smith's own test): read the share of errors in each batch instead
+    valid: Iterable | None = None,  # batches: their loss is measured after each step, and is the curve that is read; no trials
+    metric: str = "loss",  # or "accuracy" (Smith's own test): read the share of errors in each batch instead; no trials
     start_lr: float = 1e-6,
     end_lr: float = 10.0,
     num_steps: int | None = None,  # of the sweep; None: a fifth of an epoch, but 20 to 100
     schedule: str = "exponential",  # or "linear"
-    trials: int = 4,  # the most short trainings after the sweep, 0 for none; three are enough as a rule
+    trials: int = 4,  # the most short trainings of one length after the sweep, 0 for none; three are enough as a rule
     budget: float = _BUDGET,  # epochs for the sweep and three trials: the more, the longer and the surer
     repeats: int = 1,  # sweeps from the same weights through other batches; their range is the band
     accumulate: int = 1,  # batches a step
@@ -243,7 +243,7 @@ def find_lr(
     seed: int = 0,  # of order and augmentation, where `data` is a data set
     device: str | None = None,  # as in `fit`
     precision: str | None = None,
-    **changes: Any,  # fields of the recipe to change, as in `fit`: epochs=… (long trainings want less), batch_size=…
+    **changes: Any,  # fields of the recipe to change, as in `fit`: epochs=… (a longer training wants less), batch_size=…
 ) -> LRRangeTest:
     "Run an LR range test (Smith 2015), then short trials, and restore everything they touched. Raises `InputError`."
     if not (0 < start_lr < end_lr and math.isfinite(end_lr)):
@@ -282,7 +282,7 @@ def find_lr(
         except TypeError:  # an iterator, or a DataLoader over one
             epoch = 500
         num_steps = num_steps or min(100, max(20, epoch // 5))
-        most = _MOST * max(1.0, budget / _BUDGET)
+        most = min(epoch, _MOST * max(1.0, budget / _BUDGET))
         each = int(max(10, min(most, (epoch * budget - num_steps) / 3)))  # batches for a trial
         lrs = np.geomspace(start_lr, end_lr, num_steps) if schedule == "exponential" else np.linspace(start_lr, end_lr, num_steps)
         measure = _Measure(recipe, engine, criterion, step, metric == "accuracy")
@@ -307,7 +307,7 @@ def find_lr(
                         result = test.refine(result, trials, each, epoch, _for_length(recipe.epochs), (start_lr, end_lr))
                     except _UsedUp:
                         said = "the iterator ended before the short trainings did: pass the loader itself"
-                        result = replace(result, doubt=result.doubt or said)
+                        result = replace(result, doubt="; ".join(filter(None, (result.doubt, said))))
             finally:
                 model.to(before)  # before the optimizer's state is restored, which goes where the parameters are
     finally:
@@ -399,7 +399,7 @@ class _Test:
 
     def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int, part: float = 1.0,
                allowed: tuple[float, float] = (0.0, math.inf)) -> LRRangeTest:
-        "Try learning rates around what the curve says; put a part of what they say in the place of the curve's suggestion."
+        "Try learning rates around what the curve says; replace the curve's suggestion by theirs, times `part`."
         head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
         level = head if guessing is None else min(head, guessing)
         usual, below = _usual_rate(self.stepper.optimizer), result.points.get("rise", float(result.lrs[len(result.smoothed) - 1]))
@@ -427,33 +427,34 @@ class _Test:
             if least < level - _ENOUGH * abs(level):
                 break
             start = best if learnt else start
-        suggestion = _best_rate(tried, level)
-        if suggestion is None:
-            return replace(result, trials=tried, doubt=result.doubt or "the loss of every short training was no number")
-        doubt, inner = None, [loss for _, loss in (tried[1:2] if best == tried[0][0] else tried[-2:-1])]
+        said = _best_rate(tried, level)
+        if said is None:
+            return replace(result, trials=tried, doubt="the loss of every short training was no number")
+        suggestion, doubt, inner = said, None, [loss for _, loss in (tried[1:2] if best == tried[0][0] else tried[-2:-1])]
         if not learnt:
             doubt = f"nothing shows that it learns: the best of the short trainings ended at a loss of {least:.3g}, and " \
-                    f"{'they began' if guessing is None else 'guessing is'} at {level:.3g}, so it may be chance"
+                    f"{'guessing is' if level == guessing else 'they began'} at {level:.3g}, so it may be chance"
             if result.doubt or result.reason:  # nor does the curve say anything
                 if usual is None:
                     return replace(result, trials=tried, doubt=doubt)
-                suggestion = min(usual, below / 2, max(lr for lr, loss in tried if math.isfinite(loss)))
+                suggestion = max(allowed[0], min(usual, below / 2, max(lr for lr, loss in tried if math.isfinite(loss))))
         elif batches > epoch:
             doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
         elif best in (tried[0][0], tried[-1][0]) and all(loss > least + 2.5 * trial(best)[1] for loss in inner):
             doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials or a wider range"
-        elif least >= level - _ENOUGH * abs(level):
-            doubt = f"the short trainings hardly learnt (the best ended at a loss of {least:.3g}, and " \
-                    f"{'they began' if guessing is None else 'guessing is'} at {level:.3g}): a whole one may want another rate"
+        elif level == guessing and least >= level - _ENOUGH * abs(level):
+            doubt = f"the short trainings hardly learnt (the best ended at a loss of {least:.3g}, and guessing is at " \
+                    f"{level:.3g}): a whole one may want another rate"
         result = replace(result, suggestion=part * suggestion if learnt else suggestion, reason=None, trials=tried, doubt=doubt,
-                         low=None, high=None, points={**result.points, "trials": suggestion})
+                         low=None, high=None, points={**result.points, "trials": said})
         if not learnt:
             return result
         good = [lr for lr, loss in tried if loss <= least + _SOFT / 2 * abs(level - least)]
         low, high = min([suggestion, *good]), max([suggestion, *good])
         if len(good) == 1:  # what is about as good ends somewhere before the next trials
-            above = next((loss for lr, loss in tried if lr > best), 0.0)
-            low, high = min(low, best / _SPACING**0.5), high if math.isinf(above) else max(high, best * _SPACING**0.5)
+            higher = next((loss for lr, loss in tried if lr > best), math.inf)
+            low = low if best == tried[0][0] else min(low, best / _SPACING**0.5)
+            high = high if math.isinf(higher) else max(high, best * _SPACING**0.5)
         return replace(result, low=part * low, high=part * high)
 
 
@@ -471,7 +472,7 @@ def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: fl
         if result.suggestion is not None and len(rates) < len(alone):
             differ = f"{len(alone) - len(rates)} of {len(alone)} sweeps alone give no learning rate"
         elif result.suggestion is not None:
-            result = replace(result, low=min(rates), high=max(rates))
+            result = replace(result, low=min(result.suggestion, *rates), high=max(result.suggestion, *rates))
     if name == "validation":
         result = replace(result, validation=losses.mean(0))
     return result, differ
