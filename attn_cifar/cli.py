@@ -162,7 +162,7 @@ def _find_lr(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.out and Path(arguments.out).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg"):
         raise InputError(f"--out must end in .png, .svg, .pdf or .jpg, not {arguments.out!r}")
     torch.manual_seed(arguments.seed)
-    changes = {name: value for name in ("epochs", "batch_size") if (value := getattr(arguments, name)) is not None}
+    changes = {"batch_size": arguments.batch_size} if arguments.batch_size is not None else {}
     recipe = choose_recipe(create_model(arguments.model), arguments.recipe, changes)
     data = _load(arguments, "cifar10")
     torch.manual_seed(arguments.seed)
@@ -312,8 +312,7 @@ _DATA = "--data", "--image-size", "--skip-bad"
 _COMMANDS = {
     "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
                        "--deterministic", "--device", *_DATA, "--json"), ()),
-    "find-lr": (_find_lr, ("--model", "--recipe", "--epochs", "--batch-size", "--seed", "--out", "--device", *_DATA, "--json"),
-                ()),
+    "find-lr": (_find_lr, ("--model", "--recipe", "--batch-size", "--seed", "--out", "--device", *_DATA, "--json"), ()),
     "evaluate": (_evaluate, ("--data", "--skip-bad", "--json"), ("run",)),
     "predict": (_predict, ("--json",), ("model", "images")),
     "explain": (_explain, ("--json",), ("model", "images")),

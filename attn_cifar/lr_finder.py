@@ -119,7 +119,6 @@ _ENOUGH = 0.15  # of the loss: a trial has to fall by that much, or trials get l
 _LONGER = 1, 2, 4
 _MOST = 180  # batches of a trial, where no more than the usual epochs may be spent
 _BUDGET = 2.0  # epochs
-_HORIZON = 4  # epochs: the longest trainings that were measured
 
 
 def _usual_rate(optimizer: torch.optim.Optimizer) -> float | None:
@@ -160,10 +159,6 @@ def _best_rate(trials: list[tuple[float, float]], level: float) -> float | None:
     weights = np.exp(-(losses - losses.min()) / max(_SOFT * (level - losses.min()), 1e-12))
     return float(np.exp((weights * np.log(lrs)).sum() / weights.sum()))
 
-
-def _for_length(epochs: int) -> float:
-    "Return the factor by which a training of so many epochs lowers the learning rate that trials speak for."
-    return min(epochs, _HORIZON) ** (-1 / 3)
 
 # %% ../nbs/04_lr_finder.ipynb #ce956558
 class _Measure:
@@ -226,7 +221,7 @@ def find_lr(
     optimizer: torch.optim.Optimizer | None = None,  # None: the recipe's; its groups keep their ratios
     criterion: Callable[[Tensor, Tensor], Tensor] | None = None,  # (output, labels) -> loss; None: cross-entropy
     step: Callable[[nn.Module, Any], Tensor] | None = None,  # (model, batch) -> loss, for batches of any other form
-    recipe: Recipe | str | None = None,  # as in `fit`: epochs, batch size, augmentation, optimizer, L1 term
+    recipe: Recipe | str | None = None,  # as in `fit`: batch size, augmentation, optimizer, L1 term
     valid: Iterable | None = None,  # batches: their loss is measured after each step, and is the curve that is read; no trials
     metric: str = "loss",  # or "accuracy" (Smith's own test): read the share of errors in each batch instead; no trials
     start_lr: float = 1e-6,
@@ -243,7 +238,7 @@ def find_lr(
     seed: int = 0,  # of order and augmentation, where `data` is a data set
     device: str | None = None,  # as in `fit`
     precision: str | None = None,
-    **changes: Any,  # fields of the recipe to change, as in `fit`: epochs=… (a longer training wants less), batch_size=…
+    **changes: Any,  # fields of the recipe to change, as in `fit`: batch_size=…
 ) -> LRRangeTest:
     "Run an LR range test (Smith 2015), then short trials, and restore everything they touched. Raises `InputError`."
     if not (0 < start_lr < end_lr and math.isfinite(end_lr)):
@@ -304,7 +299,7 @@ def find_lr(
                 result, differ = _join_curves(lrs, curves, beta, measure.guessing() if plain else None)
                 if trials and plain and len(result.smoothed) >= 10:
                     try:
-                        result = test.refine(result, trials, each, epoch, _for_length(recipe.epochs), (start_lr, end_lr))
+                        result = test.refine(result, trials, each, epoch, (start_lr, end_lr))
                     except _UsedUp:
                         said = "the iterator ended before the short trainings did: pass the loader itself"
                         result = replace(result, doubt="; ".join(filter(None, (result.doubt, said))))
@@ -397,9 +392,9 @@ class _Test:
         last = losses[-max(4, batches // 8):]  # each before its step, so of a batch that the network has not seen
         return float(np.mean(last)), float(np.std(last, ddof=1) / math.sqrt(len(last)))
 
-    def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int, part: float = 1.0,
+    def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int,
                allowed: tuple[float, float] = (0.0, math.inf)) -> LRRangeTest:
-        "Try learning rates around what the curve says; replace the curve's suggestion by theirs, times `part`."
+        "Try learning rates around what the curve says; put what they say in the place of the curve's suggestion."
         head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
         level = head if guessing is None else min(head, guessing)
         usual, below = _usual_rate(self.stepper.optimizer), result.points.get("rise", float(result.lrs[len(result.smoothed) - 1]))
@@ -445,8 +440,8 @@ class _Test:
         elif level == guessing and least >= level - _ENOUGH * abs(level):
             doubt = f"the short trainings hardly learnt (the best ended at a loss of {least:.3g}, and guessing is at " \
                     f"{level:.3g}): a whole one may want another rate"
-        result = replace(result, suggestion=part * suggestion if learnt else suggestion, reason=None, trials=tried, doubt=doubt,
-                         low=None, high=None, points={**result.points, "trials": said})
+        result = replace(result, suggestion=suggestion, reason=None, trials=tried, doubt=doubt, low=None, high=None,
+                         points={**result.points, "trials": said})
         if not learnt:
             return result
         good = [lr for lr, loss in tried if loss <= least + _SOFT / 2 * abs(level - least)]
@@ -455,7 +450,7 @@ class _Test:
             higher = next((loss for lr, loss in tried if lr > best), math.inf)
             low = low if best == tried[0][0] else min(low, best / _SPACING**0.5)
             high = high if math.isinf(higher) else max(high, best * _SPACING**0.5)
-        return replace(result, low=part * low, high=part * high)
+        return replace(result, low=low, high=high)
 
 
 def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: float,
