@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                          'attn_cifar.faithfulness.shuffled_weights': ( 'faithfulness.html#shuffled_weights',
                                                                                        'attn_cifar/faithfulness.py')},
             'attn_cifar.finders': { 'attn_cifar.finders.Setting': ('finders.html#setting', 'attn_cifar/finders.py'),
+                                    'attn_cifar.finders.Setting._rate': ('finders.html#setting._rate', 'attn_cifar/finders.py'),
                                     'attn_cifar.finders.Setting.beside': ('finders.html#setting.beside', 'attn_cifar/finders.py'),
                                     'attn_cifar.finders.Setting.grid': ('finders.html#setting.grid', 'attn_cifar/finders.py'),
                                     'attn_cifar.finders.Setting.make': ('finders.html#setting.make', 'attn_cifar/finders.py'),

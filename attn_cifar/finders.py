@@ -208,15 +208,18 @@ class Setting:
         decay = {"sgd": 5e-4, "adam": 0.0, "adamw": 0.01}[self.optimizer]
         return Recipe(epochs=self.epochs, batch_size=self.batch_size, optimizer=self.optimizer, weight_decay=decay)
 
+    def _rate(self, place: float) -> float:
+        return float(f"{10 ** ((place - 7) / 3) * (1.0 if self.optimizer == 'sgd' else 0.1):.4g}")
+
     @property
     def grid(self) -> list[float]:
         "The learning rates that are tried first: three a decade."
-        return [float(f"{10 ** ((k - 7) / 3) * (1.0 if self.optimizer == 'sgd' else 0.1):.4g}") for k in range(8)]
+        return [self._rate(k) for k in range(8)]
 
     def beside(self, accuracy: np.ndarray) -> list[float]:
         "Return the learning rates half a step beside the best of the grid, given the mean accuracies; float (8,)."
         best = int(accuracy.argmax())
-        return [float(f"{self.grid[best] * 10 ** (side / 6):.4g}") for side in (-1, 1) if 0 <= best + side < len(self.grid)]
+        return [self._rate(best + side / 2) for side in (-1, 1) if 0 <= best + side < len(self.grid)]
 
     def make(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
