@@ -76,6 +76,7 @@ class LRRangeTest:
     band: np.ndarray | None = None  # float (2, N): lowest and highest loss over repeats
     validation: np.ndarray | None = None  # float (N,): the validation loss after each step
     trials: list[tuple[float, float]] = field(default_factory=list)  # learning rate and final loss of each short training
+    longer: list[tuple[float, float]] = field(default_factory=list)  # the same of longer ones, where a cliff is near
 
     def __repr__(self) -> str:
         rates = [f"{name} {value:.3g}" for name in ("suggestion", "low", "high") if (value := getattr(self, name)) is not None]
@@ -115,13 +116,14 @@ class LRRangeTest:
     def load(cls, path: str | os.PathLike) -> "LRRangeTest":
         "Read what `save` wrote. Raises `InputError`."
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = {"longer": [], **json.loads(Path(path).read_text(encoding="utf-8"))}
             for name in ("lrs", "losses", "smoothed", "band", "validation"):
                 content[name] = None if content.get(name) is None else np.array(content[name], dtype=float)
             for name, kind in (("suggestion", float), ("low", float), ("high", float), ("reason", str), ("doubt", str)):
                 content[name] = None if content.get(name) is None else kind(content[name])
             content["points"] = {str(name): float(value) for name, value in content["points"].items()}
-            content["trials"] = [(float(lr), float(loss)) for lr, loss in content["trials"]]
+            for name in ("trials", "longer"):
+                content[name] = [(float(lr), float(loss)) for lr, loss in content[name]]
             result = cls(**content)
             if not all(math.isfinite(value) for value in (result.suggestion or 0, result.low or 0, result.high or 0)):
                 raise ValueError("its suggestion is no number")

@@ -117,6 +117,7 @@ _SPACING = 10 ** (2 / 3)
 _SOFT = 0.2  # of the fall: a trial that much worse than the best weighs 1/e
 _ENOUGH = 0.15  # of the loss: a trial has to fall by that much, or trials get longer
 _LONGER = 1, 2, 4
+_CLIFF = 0.5  # of the best trial's fall: where the next one above falls less, there is a cliff between them
 _MOST = 180  # batches of a trial, where no more than the usual epochs may be spent
 _BUDGET = 2.0  # epochs
 
@@ -151,12 +152,12 @@ def _try_rates(trial: Callable[[float], float], start: float, most: int,
     return [(start * _SPACING**place, found[place]) for place in sorted(found)]
 
 
-def _best_rate(trials: list[tuple[float, float]], level: float) -> float | None:
+def _best_rate(trials: list[tuple[float, float]], level: float, soft: float = _SOFT) -> float | None:
     "Return the learning rate that trials speak for, given the loss before anything is learnt; None where none was a number."
     lrs, losses = np.array(trials).T
     if not np.isfinite(losses.min()):
         return None
-    weights = np.exp(-(losses - losses.min()) / max(_SOFT * (level - losses.min()), 1e-12))
+    weights = np.exp(-(losses - losses.min()) / max(soft * (level - losses.min()), 1e-12))
     return float(np.exp((weights * np.log(lrs)).sum() / weights.sum()))
 
 
@@ -300,6 +301,7 @@ def find_lr(
                 if trials and plain and len(result.smoothed) >= 10:
                     try:
                         result = test.refine(result, trials, each, epoch, (start_lr, end_lr))
+                        result = test.look_closer(result, min(each * _LONGER[-1], max(each, epoch)), start_lr)
                     except _UsedUp:
                         said = "the iterator ended before the short trainings did: pass the loader itself"
                         result = replace(result, doubt="; ".join(filter(None, (result.doubt, said))))
@@ -392,11 +394,15 @@ class _Test:
         last = losses[-max(4, batches // 8):]  # each before its step, so of a batch that the network has not seen
         return float(np.mean(last)), float(np.std(last, ddof=1) / math.sqrt(len(last)))
 
+    def level(self, result: LRRangeTest) -> float:
+        "Return the loss before anything is learnt: that of guessing, or that at the start, whichever is lower."
+        head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
+        return head if guessing is None else min(head, guessing)
+
     def refine(self, result: LRRangeTest, most: int, batches: int, epoch: int,
                allowed: tuple[float, float] = (0.0, math.inf)) -> LRRangeTest:
         "Try learning rates around what the curve says; put what they say in the place of the curve's suggestion."
-        head, guessing = float(result.losses[:5].mean()), self.measure.guessing()
-        level = head if guessing is None else min(head, guessing)
+        level, guessing = self.level(result), self.measure.guessing()
         usual, below = _usual_rate(self.stepper.optimizer), result.points.get("rise", float(result.lrs[len(result.smoothed) - 1]))
         if result.reason is not None:
             start = below / 8 if usual is None else min(usual, below / 2)
@@ -451,6 +457,25 @@ class _Test:
             low = low if best == tried[0][0] else min(low, best / _SPACING**0.5)
             high = high if math.isinf(higher) else max(high, best * _SPACING**0.5)
         return replace(result, low=low, high=high)
+
+    def look_closer(self, result: LRRangeTest, batches: int, lowest: float = 0.0) -> LRRangeTest:
+        "Where a cliff is next to the best trial, train longer, there and half a step below; let that decide between the two."
+        if result.low is None:  # nothing was learnt
+            return result
+        level, (best, least) = self.level(result), min(result.trials, key=itemgetter(1))
+        above = next((loss for lr, loss in result.trials if lr > best), None)
+        if above is None or level - above >= _CLIFF * (level - least):
+            return result
+        longer = [(lr, self.trial(lr, batches)[0]) for lr in (max(lowest, best / _SPACING**0.5), best)]
+        said, (_, end) = _best_rate(longer, level, _SOFT / 4), min(longer, key=itemgetter(1))
+        if said is None or end > least:
+            lower = min(result.points["trials"], longer[0][0])
+            doubt = f"longer trainings at {longer[0][0]:.2g} and {best:.2g} end no lower than short ones: a cliff is near"
+            return replace(result, suggestion=lower, low=None, high=None, doubt=doubt, longer=longer)
+        good = [lr for lr, loss in longer if loss <= end + _SOFT / 2 * abs(level - end)]
+        half = _SPACING**0.25  # of the way from one to the other
+        return replace(result, suggestion=said, low=min(result.low, good[0] / half),
+                       high=best if best in good else good[0] * half, longer=longer)
 
 
 def _join_curves(lrs: np.ndarray, curves: list[dict[str, list[float]]], beta: float,

@@ -197,7 +197,8 @@ def _range_test(run: Run, data: ImageData) -> Section:
         result += f" Do not trust that: {found.doubt}."
     alt = f"Loss over learning rates from {found.lrs[0]:.3g} to {found.lrs[-1]:.3g}. {result}"
     text = "The loss of one step at each learning rate, before the training began"
-    text += f", and of short trainings at {len(found.trials)} of them. {result}" if found.trials else f". {result}"
+    text += f", and of short trainings at {len(found.trials)} of them" if found.trials else ""
+    text += f"; next to a cliff, of longer ones. {result}" if found.longer else f". {result}"
     return Section("range-test", "LR range test", text,
                    plots=[_plot(run, "lr_find", alt, plot_lr_find, found, log_axis=True)])
 

@@ -232,16 +232,19 @@ def plot_lr_find(
     ax.set_xscale("log")
     if result.band is not None:
         ax.fill_between(rates, *result.band, color=COLORS["grey"], alpha=0.2, linewidth=0, label="lowest to highest")
-    finite, tried = smoothed[np.isfinite(smoothed)], np.array([pair for pair in result.trials if np.isfinite(pair[1])])
-    if len(tried):
-        ax.plot(*tried.T, "o-", color=COLORS["green"], markersize=5, label="end of a trial")
+    finite = smoothed[np.isfinite(smoothed)]
+    tried, longer = (np.array([pair for pair in trials if np.isfinite(pair[1])]) for trials in (result.trials, result.longer))
+    for trials, color, name in ((tried, "green", "end of a trial"), (longer, "purple", "end of a longer one")):
+        if len(trials):
+            ax.plot(*trials.T, "o-", color=COLORS[color], markersize=5, label=name)
     if len(finite):
-        start, low = np.median(finite[: max(1, len(finite) // 10)]), min([finite.min(), *(loss for _, loss in tried)])
+        start = np.median(finite[: max(1, len(finite) // 10)])
+        low = min([finite.min(), *(loss for _, loss in (*tried, *longer))])
         room = max(start - low, 0.2 * abs(start), 1e-6)
         ax.set_ylim(low - 0.6 * room, min(start + room, max(finite.max(), start) + 0.25 * room))
     if result.suggestion is not None:
         ax.axvline(result.suggestion, color=COLORS["orange"], linestyle="--", linewidth=1.5, label="_suggestion")
-        line = tried.T if len(tried) else (rates[: len(smoothed)], smoothed)
+        line = longer.T if len(longer) else tried.T if len(tried) else (rates[: len(smoothed)], smoothed)
         height = np.interp(np.log(result.suggestion), np.log(line[0]), line[1])
         if result.low is not None and result.high is not None:
             ax.axvspan(result.low, result.high, color=COLORS["orange"], alpha=0.12, linewidth=0)
