@@ -441,7 +441,8 @@ class _Test:
                 suggestion = max(allowed[0], min(usual, below / 2, max(lr for lr, loss in tried if math.isfinite(loss))))
         elif batches > epoch:
             doubt = f"short trainings of {batches} batches go through the loader's {epoch} more than once"
-        elif best in (tried[0][0], tried[-1][0]) and all(loss > least + 2.5 * trial(best)[1] for loss in inner):
+        elif best in (tried[0][0], tried[-1][0]) and all(loss > least + 2.5 * trial(best)[1] for loss in inner) \
+                and (guessing is None or least > _SOFT / 2 * (level - least)):  # else there is hardly anything left to gain
             doubt = f"the best of the short trainings is the outermost one, at {best:.2g}: choose more trials or a wider range"
         elif level == guessing and least >= level - _ENOUGH * abs(level):
             doubt = f"the short trainings hardly learnt (the best ended at a loss of {least:.3g}, and guessing is at " \
