@@ -461,7 +461,7 @@ class _Test:
 
     def look_closer(self, result: LRRangeTest, batches: int, lowest: float = 0.0) -> LRRangeTest:
         "Where a cliff is next to the best trial, train longer, there and half a step below; let that decide between the two."
-        if result.low is None:  # nothing was learnt
+        if result.low is None or "trials" not in result.points:  # nothing was learnt
             return result
         level, (best, least) = self.level(result), min(result.trials, key=itemgetter(1))
         above = next((loss for lr, loss in result.trials if lr > best), None)
