@@ -7,7 +7,7 @@ __all__ = ['counters', 'basic_attn_model', 'ctr', 'stats_collector', 'Alb_trans'
            'test_losses', 'create_tensorboard_writer', 'plot_onecyclelr_curve', 'GRADCAM', 'cifar10_plots',
            'LRRangeFinder', 's9_run_main', 'Ultimus']
 
-# %% ../nbs/10_s9.ipynb #28c86c89
+# %% ../nbs/10_s9.ipynb #3b5aeb84
 import copy
 import math
 import os
@@ -23,22 +23,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import undisturbed
-from .data import (_CIFAR10_MEAN, _CIFAR10_STD, NO_AUGMENTATION, AlbumentationsTransform, ImageData,
-                             ImageDataset, InputError, load_data, unnormalize)
-from .explain import Explanation, explain
-from .lr_finder import find_lr
-from .models import BasicAttention, Ultimus, count_parameters
-from .training import RECIPES, Recipe, evaluate, make_optimizer, make_scheduler
+from .core import InputError
+from .data.augmentation import NO_AUGMENTATION, AlbumentationsTransform
+from .data.batches import ImageDataset
+from .data.images import ImageData, unnormalize
+from .data.sources import _CIFAR10_MEAN, _CIFAR10_STD, load_data
+from .explain.maps import Explanation, explain
+from .explain.watch import undisturbed
+from .lr_finder.finder import find_lr
+from .models.inspection import count_parameters
+from .models.blocks import Ultimus
+from .models.networks import BasicAttention
+from .training.evaluation import evaluate
+from .training.recipes import RECIPES, Recipe, make_optimizer, make_scheduler
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL.Image import Image
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
+# %% ../nbs/10_s9.ipynb #c676d21a
 _all_ = ["Ultimus"]  # exported under its course name as it is
 
-# %% ../nbs/10_s9.ipynb #6ad85e72
+# %% ../nbs/10_s9.ipynb #1e6249f7
 class basic_attn_model(BasicAttention):
     "The S9 network under its course name: images (B, 3, H, W) to log-probabilities (B, num_classes)."
 
@@ -52,7 +59,7 @@ class basic_attn_model(BasicAttention):
     def forward(self, images: Tensor) -> Tensor:
         return F.log_softmax(super().forward(images), dim=1)
 
-# %% ../nbs/10_s9.ipynb #fd5c95b5
+# %% ../nbs/10_s9.ipynb #c9baefea
 counters: dict[str, list[Any]] = {kind: [] for kind in ("train_loss", "train_acc", "test_loss", "test_acc", "mis_img", "mis_pred",
                                                         "mis_lbl", "train_lr")}
 
@@ -64,7 +71,7 @@ def ctr() -> Callable[[object, str], dict[str, list[Any]]]:
         return counters
     return stats
 
-
+# %% ../nbs/10_s9.ipynb #66769e4e
 class stats_collector:
     "Collect statistics in lists: `losses`, `accuracy`, `img`, `pred`, `label`."
 
@@ -90,7 +97,7 @@ class stats_collector:
     def append_label(self, label: int) -> None:
         self.label.append(label)
 
-# %% ../nbs/10_s9.ipynb #ea874bbe
+# %% ../nbs/10_s9.ipynb #3d92d39c
 class Alb_trans:
     "Use a list of albumentations transforms as a torchvision transform."
 
@@ -111,11 +118,11 @@ class Alb_trans:
             self._seed = seed
         return np.ascontiguousarray(self.transforms(image=np.array(img))["image"].transpose(2, 0, 1))
 
-# %% ../nbs/10_s9.ipynb #9ee70a02
+# %% ../nbs/10_s9.ipynb #6e485b1b
 class _NamedDataset(ImageDataset):
     classes: list[str]  # as torchvision's data sets have them
 
-
+# %% ../nbs/10_s9.ipynb #b154b20a
 def S9_CIFAR10_data_prep(
     batch: int,  # images a step
     source: str | os.PathLike | ImageData = "cifar10",  # or "shapes", a folder (see `load_data`), or a data set at hand
@@ -132,7 +139,7 @@ def S9_CIFAR10_data_prep(
         loaders.append(torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=2 * cuda, pin_memory=cuda))
     return loaders[0], loaders[1]
 
-# %% ../nbs/10_s9.ipynb #80a0c4bc
+# %% ../nbs/10_s9.ipynb #d6e612aa
 class train_losses:
     "Train a model, one epoch a call."
 
@@ -188,7 +195,7 @@ class train_losses:
         print(f"Train set: Epoch : {current_epoch + 1}/{self.total_epochs} "
               f"Average loss: {sum(values) / len(values):.4f}, Train Accuracy: {accuracy}")
 
-# %% ../nbs/10_s9.ipynb #e84c047e
+# %% ../nbs/10_s9.ipynb #3f8ad86c
 class test_losses:
     "Test a model, once an epoch."
     __test__ = False  # for pytest: the name begins like that of a test
@@ -235,7 +242,7 @@ class test_losses:
         print(f"Test set: Epoch : {current_epoch + 1}/{self.total_epochs} Average loss: {evaluation.loss:.4f}, "
               f"Test Accuracy: {accuracy}")
 
-# %% ../nbs/10_s9.ipynb #7f0173de
+# %% ../nbs/10_s9.ipynb #3520f718
 def create_tensorboard_writer(
     *path: str | os.PathLike,  # folder for the events; none: a new one under runs/
 ) -> "SummaryWriter":
@@ -244,7 +251,7 @@ def create_tensorboard_writer(
 
     return SummaryWriter(log_dir=os.fspath(path[0])) if path else SummaryWriter()
 
-# %% ../nbs/10_s9.ipynb #8796b234
+# %% ../nbs/10_s9.ipynb #3d277904
 def _image_file(img_save_path: str | os.PathLike, name: str) -> Path:
     "Return where an image goes: in a folder, or behind the beginning of a file name."
     text = os.fspath(img_save_path)
@@ -253,7 +260,7 @@ def _image_file(img_save_path: str | os.PathLike, name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
-
+# %% ../nbs/10_s9.ipynb #39b26fd4
 def _save(figure: Any, path: Path, tb_writer: "SummaryWriter | None" = None, tag: str = "") -> None:
     "Write a figure as JPEG, add it to TensorBoard under `tag`, and show it in a notebook."
     from PIL import Image
@@ -267,20 +274,20 @@ def _save(figure: Any, path: Path, tb_writer: "SummaryWriter | None" = None, tag
         if hasattr(get_ipython(), "kernel"):
             display.display(display.Image(filename=str(path)))
 
-
+# %% ../nbs/10_s9.ipynb #c4d3c4f7
 def _new_figure(height: float) -> "Figure":
     "Make a figure, height in inches, that `pyplot` does not know."
     from matplotlib.figure import Figure
 
     return Figure(figsize=(6, height), layout="compressed")
 
-
+# %% ../nbs/10_s9.ipynb #3456cc5f
 def _save_curve(values: Sequence[float], path: Path, title: str, xlabel: str, ylabel: str) -> None:
     "Draw one curve and save it."
     from matplotlib import rc_context
     from matplotlib.ticker import MaxNLocator
 
-    from attn_cifar.visualization import COLORS, STYLE
+    from attn_cifar.visualization.style import COLORS, STYLE
 
     with rc_context(STYLE):
         figure = _new_figure(3.4)
@@ -289,18 +296,18 @@ def _save_curve(values: Sequence[float], path: Path, title: str, xlabel: str, yl
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         _save(figure, path)
 
-# %% ../nbs/10_s9.ipynb #02858a4a
+# %% ../nbs/10_s9.ipynb #4f1c00cd
 def plot_onecyclelr_curve(
     counters: Mapping[str, Sequence[float]] | Sequence[float],  # with "train_lr", or the learning rates themselves
     img_save_path: str | os.PathLike,  # folder, or beginning of the file name
 ) -> None:
     "Write `OnecycleLR_Curve.jpg`, the learning rate over the steps."
-    from attn_cifar.visualization import plot_schedule
+    from attn_cifar.visualization.plots import plot_schedule
 
     ax = plot_schedule(list(counters["train_lr"] if isinstance(counters, Mapping) else counters))
     _save(ax.figure, _image_file(img_save_path, "OnecycleLR_Curve.jpg"))
 
-# %% ../nbs/10_s9.ipynb #8a1cadc4
+# %% ../nbs/10_s9.ipynb #a5f6f16d
 def GRADCAM(
     images: Sequence[Tensor],  # B normalised images (3, H, W), such as counters["mis_img"][:20]
     labels: Sequence[int],  # B classes to explain
@@ -318,7 +325,7 @@ def GRADCAM(
     probs, ids = output.sort(dim=1, descending=True)
     return layers, probs, ids
 
-# %% ../nbs/10_s9.ipynb #5437bc7c
+# %% ../nbs/10_s9.ipynb #44f21d62
 _CLASS_NAMES = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
 
 
@@ -340,7 +347,7 @@ class cifar10_plots:
 
     def plot_cifar10_train_imgs(self, trainloader: Iterable) -> None:
         "Write `Train_Images.jpg`: five images of each class as the network gets them."
-        from attn_cifar.visualization import plot_images
+        from attn_cifar.visualization.plots import plot_images
 
         found: dict[int, list[Tensor]] = {label: [] for label in range(len(self.class_names))}
         for images, labels in trainloader:
@@ -363,7 +370,7 @@ class cifar10_plots:
         "Write `Test_Misclass_Imgs.jpg`: the first mistakes, with true and predicted class."
         from matplotlib import rc_context
 
-        from attn_cifar.visualization import STYLE
+        from attn_cifar.visualization.style import STYLE
 
         shown = min(num_images, len(counters["mis_img"]))
         if shown < num_images:
@@ -393,7 +400,7 @@ class cifar10_plots:
         disp_range: tuple[int, int],  # (a, b): images a to b - 1 are shown, five in the course
     ) -> None:
         "Write `Gradcam_Imgs_{a + 1}_{b}.jpg`: the maps of some images, a row for each layer."
-        from attn_cifar.visualization import plot_explanations
+        from attn_cifar.visualization.plots import plot_explanations
 
         (a, b), chosen = disp_range, range(len(images))[slice(*disp_range)]
         if not chosen:
@@ -420,7 +427,7 @@ class cifar10_plots:
     def _caption(self, truth: int, prediction: int) -> str:
         return f"{self.class_names[int(truth)]}\n→ {self.class_names[int(prediction)]}"
 
-# %% ../nbs/10_s9.ipynb #78439ae0
+# %% ../nbs/10_s9.ipynb #1f92e764
 class LRRangeFinder:
     "Run an LR range test with plain SGD."
 
@@ -442,7 +449,7 @@ class LRRangeFinder:
 
     def findLR(self) -> float:
         "Write `LRRange_Test.jpg` and return the learning rate to use. Raises `InputError`."
-        from attn_cifar.visualization import plot_lr_find
+        from attn_cifar.visualization.plots import plot_lr_find
 
         self.model.to(self.device)
         loader = self.dataloader if len(self.dataloader) > 1 else 2 * list(self.dataloader)  # upstream does not mind one batch
@@ -459,7 +466,7 @@ class LRRangeFinder:
         print(f"the learning rate of the lowest loss is returned: {found.reason}")
         return self.lr[int(np.nanargmin(self.loss))]
 
-# %% ../nbs/10_s9.ipynb #f3d86df9
+# %% ../nbs/10_s9.ipynb #00f2c51f
 def s9_run_main(
     num_epochs: int,  # 24 in the course
     maxlr: float,  # peak of the one-cycle schedule, from a range test
@@ -498,7 +505,7 @@ def s9_run_main(
         tb_writer.close()
     return " s9_run_main() ended successfully "
 
-
+# %% ../nbs/10_s9.ipynb #0308809e
 def _train_and_test(model: nn.Module, trainloader: torch.utils.data.DataLoader, testloader: torch.utils.data.DataLoader,
                     device: torch.device, recipe: Recipe, tb_writer: "SummaryWriter") -> None:
     "Train for all epochs by the recipe, and test after each."
@@ -510,7 +517,7 @@ def _train_and_test(model: nn.Module, trainloader: torch.utils.data.DataLoader, 
         train.s9_train(epoch, scheduler, tb_writer, L1_factor=recipe.l1_factor)
         test.s9_test(epoch, tb_writer)
 
-
+# %% ../nbs/10_s9.ipynb #4742a951
 def _explain_mistakes(plot: cifar10_plots, model: nn.Module) -> None:
     "Explain the first 20 mistakes, five to a picture."
     images, labels = counters["mis_img"][:20], counters["mis_lbl"][:20]

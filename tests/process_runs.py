@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from attn_cifar.batches import normalize
+from attn_cifar.data import normalize
 from attn_cifar.cli import main
 from attn_cifar.data import load_data
 from attn_cifar.models import create_model
-from attn_cifar.processes import join_processes, leave_processes
+from attn_cifar.training import join_processes, leave_processes
 from attn_cifar.training import fit
 
 

@@ -13,7 +13,7 @@ import pytest
 from browsing import open_page, requests_of
 from PIL import Image
 
-from attn_cifar.app import load_classifier
+from attn_cifar.predict import load_classifier
 from attn_cifar.data import load_data
 
 DROP = """

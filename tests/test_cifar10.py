@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from torchvision.datasets import CIFAR10
 
-from attn_cifar.data import InputError, load_data
+from attn_cifar.core import InputError
+from attn_cifar.data import load_data
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from attn_cifar.data import Augmentation, Batches, load_data, normalize
 from attn_cifar.explain import explain
-from attn_cifar.faithfulness import check_explanations
-from attn_cifar.ladder import evaluate_flipped, picture_attention
+from attn_cifar.explain import check_explanations
+from attn_cifar.studies.ladder import evaluate_flipped, picture_attention
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model, load_pretrained
 from attn_cifar.training import RECIPES, BatchLoss, Engine, choose_engine, choose_recipe, fit

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from attn_cifar.cli import main
-from attn_cifar.data import Batches, InputError, cache_folder, load_data, read_image
+from attn_cifar.core import InputError
+from attn_cifar.data import Batches, cache_folder, load_data, read_image
 from attn_cifar.lr_finder import LRRangeTest
 from attn_cifar.models import create_model
-from attn_cifar.state import TrainingState, read_tensors, write_tensors
+from attn_cifar.files import read_tensors, write_tensors
+from attn_cifar.training import TrainingState
 from attn_cifar.training import fit, load_run
 
 ROOT = Path(__file__).resolve().parent.parent

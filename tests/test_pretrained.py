@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 
 from attn_cifar.cli import main
-from attn_cifar.data import InputError, normalize
+from attn_cifar.core import InputError
+from attn_cifar.data import normalize
 from attn_cifar.models import MODELS, count_parameters, create_model, find_pretrained, load_pretrained
-from attn_cifar.recipes import RECIPES
-from attn_cifar.runs import load_results, read_config
+from attn_cifar.training import RECIPES
+from attn_cifar.studies import load_results
+from attn_cifar.training import read_config
 
 STUDY = load_results("ladder")
 SHIPPED = [name for name in MODELS if find_pretrained(name)]

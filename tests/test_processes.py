@@ -15,7 +15,7 @@ from PIL import Image
 
 from attn_cifar.cli import main
 from attn_cifar.data import load_data
-from attn_cifar.state import read_tensors
+from attn_cifar.files import read_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = str(Path(__file__).with_name("process_runs.py"))

@@ -19,7 +19,7 @@ from attn_cifar.cli import make_parser
 from attn_cifar.data import load_data
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model
-from attn_cifar.remarks import remake_command
+from attn_cifar.report import remake_command
 from attn_cifar.report import make_report
 from attn_cifar.training import RECIPES, fit, load_run
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from attn_cifar.data import InputError
-from attn_cifar.state import read_tensors
+from attn_cifar.core import InputError
+from attn_cifar.files import read_tensors
 from attn_cifar.training import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
