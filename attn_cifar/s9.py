@@ -27,12 +27,12 @@ from .core import InputError
 from .data.augmentation import NO_AUGMENTATION, AlbumentationsTransform
 from .data.batches import ImageDataset
 from .data.images import ImageData, unnormalize
-from .data.sources import _CIFAR10_MEAN, _CIFAR10_STD, load_data
+from .data.sources import CIFAR10_MEAN, CIFAR10_STD, load_data
 from .explain.maps import Explanation, explain
 from .explain.watch import undisturbed
 from .lr_finder.finder import find_lr
-from .models.inspection import count_parameters
 from .models.blocks import Ultimus
+from .models.inspection import count_parameters, l1_term
 from .models.networks import BasicAttention
 from .training.evaluation import evaluate
 from .training.recipes import RECIPES, Recipe, make_optimizer, make_scheduler
@@ -134,7 +134,7 @@ def S9_CIFAR10_data_prep(
     loaders = []
     for images, labels, augmentation in ((data.train_images, data.train_labels, RECIPES["upstream"].augmentation),
                                          (data.test_images, data.test_labels, NO_AUGMENTATION)):
-        dataset = _NamedDataset(images, labels, AlbumentationsTransform(augmentation, _CIFAR10_MEAN, _CIFAR10_STD, seed))
+        dataset = _NamedDataset(images, labels, AlbumentationsTransform(augmentation, CIFAR10_MEAN, CIFAR10_STD, seed))
         dataset.classes = list(data.class_names)
         loaders.append(torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=2 * cuda, pin_memory=cuda))
     return loaders[0], loaders[1]
@@ -172,7 +172,7 @@ class train_losses:
             output = self.model(images)
             loss = F.cross_entropy(output, labels)  # of log-probabilities this is the negative log-likelihood
             if L1_factor:
-                loss = loss + L1_factor * sum(parameter.abs().mean() for parameter in self.model.parameters())
+                loss = loss + L1_factor * l1_term(self.model)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -338,7 +338,7 @@ class cifar10_plots:
         tb_writer: "SummaryWriter",
         class_names: Sequence[str] = _CLASS_NAMES,  # in label order
     ):
-        self.channels_mean, self.channels_stdev = list(_CIFAR10_MEAN), list(_CIFAR10_STD)
+        self.channels_mean, self.channels_stdev = list(CIFAR10_MEAN), list(CIFAR10_STD)
         self.img_save_path, self.tb_writer, self.class_names = img_save_path, tb_writer, list(class_names)
 
     def unnormalize_cifar10(self, img: Tensor) -> Tensor:

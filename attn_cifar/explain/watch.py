@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.blocks import record_attention
+from ..models.inspection import evaluation_mode
 
 # %% ../../nbs/explain/watch.ipynb #d3d0d1f7
 _changing = threading.RLock()  # one look at a time: hooks and modes are seen by every thread that uses the model
@@ -29,21 +30,15 @@ def undisturbed(
     "Put `model` into evaluation mode with gradients on and autocast off; give back modes and RNG, even after an error."
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     accelerators = [] if device.type == "cpu" else [device]
-    modes = [(module, module.training) for module in model.modules()]
     with (
         _changing,
         torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        evaluation_mode(model),
     ):
-        try:
-            for module, _ in modes:  # not `model.eval()`: what a network does in a `train` of its own would stay
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        yield
 
 # %% ../../nbs/explain/watch.ipynb #33939e5c
 @contextlib.contextmanager

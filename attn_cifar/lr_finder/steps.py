@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import InputError
-from ..training.engine import Engine, autocast
+from ..training.engine import Engine, autocast, training_loss
 from ..training.recipes import Recipe
 
 # %% ../../nbs/lr_finder/steps.ipynb #5ec404e4
@@ -140,10 +139,7 @@ class _Measure:
             raise InputError(f"there is a label {int(labels.max())}, but the model gives {logits.shape[1]} class scores")
         counts = torch.bincount(labels[labels >= 0], minlength=logits.shape[1])
         self.counts = counts if self.counts is None else self.counts + counts
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
-        if self.recipe.l1_factor:
-            loss = loss + self.recipe.l1_factor * sum(p.abs().mean() for p in model.parameters() if p.requires_grad)
-        return loss
+        return training_loss(model, self.recipe, logits, labels)
 
     def guessing(self) -> float | None:
         "Return the loss of the best constant answer to the labels seen so far; None where the loss is the user's own."

@@ -22,6 +22,7 @@ from ..data.batches import Batches
 from .curve import LRRangeTest
 from .steps import Stepper, _Measure, endless, sweep
 from ..training.muon import Muon
+from ..models.inspection import evaluation_mode
 from ..training.state import ModelState, TrainingState
 
 # %% ../../nbs/lr_finder/trials.ipynb #0f50cfab
@@ -129,16 +130,12 @@ class _Test:
 
     def validate(self, valid: Iterable) -> float:
         "Return the mean loss over validation batches, in evaluation mode."
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
         counts = self.measure.counts
         try:
-            with torch.no_grad():
+            with evaluation_mode(self.model), torch.no_grad():
                 losses = [self.measure(self.model, batch).item() for batch in valid]
         finally:
             self.measure.counts = counts
-            for module, mode in training.items():
-                module.training = mode
         if not losses:
             raise InputError("valid gives no batches: an iterator can be used only once, pass a loader")
         return float(np.mean(losses))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BasicAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'MODELS', 'ModelEntry', 'RelativePosition',
            'SimilarityAttention', 'SpatialAttention', 'SpeedAttention', 'SpeedBlock', 'Ultimus', 'conv_block',
-           'count_macs', 'count_parameters', 'create_model', 'describe_model', 'find_pretrained', 'list_models',
-           'load_pretrained', 'record_attention', 'unwrap', 'whitening_filters']
+           'count_macs', 'count_parameters', 'create_model', 'describe_model', 'find_pretrained', 'evaluation_mode',
+           'l1_term', 'list_models', 'load_pretrained', 'record_attention', 'unwrap', 'whitening_filters']
 
 # %% ../../nbs/models/package.ipynb #5366c916
 from .blocks import (
     ChannelGate, DepthwiseBlock, RelativePosition, SimilarityAttention, Ultimus, conv_block, record_attention)
-from .inspection import count_macs, count_parameters, unwrap
+from .inspection import count_macs, count_parameters, evaluation_mode, l1_term, unwrap
 from .networks import (
     BasicAttention, HybridAttention, SpatialAttention, SpeedAttention, SpeedBlock, whitening_filters)
 from .registry import (
@@ -21,5 +21,5 @@ from .registry import (
 _all_ = [
     "BasicAttention", "ChannelGate", "DepthwiseBlock", "HybridAttention", "MODELS", "ModelEntry", "RelativePosition",
     "SimilarityAttention", "SpatialAttention", "SpeedAttention", "SpeedBlock", "Ultimus", "conv_block", "count_macs",
-    "count_parameters", "create_model", "describe_model", "find_pretrained", "list_models", "load_pretrained",
+    "count_parameters", "create_model", "describe_model", "find_pretrained", "evaluation_mode", "l1_term", "list_models", "load_pretrained",
     "record_attention", "unwrap", "whitening_filters"]

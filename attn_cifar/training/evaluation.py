@@ -20,7 +20,7 @@ from ..core import InputError
 from ..data.batches import Batches
 from ..data.images import ImageData
 from ..files import read_tensors, write_tensors
-from ..models.inspection import unwrap
+from ..models.inspection import evaluation_mode, unwrap
 from .engine import autocast, keep_memory
 from .processes import ALONE, Processes
 
@@ -121,18 +121,12 @@ def evaluate(
         batches = Batches.test(data, size, device, rank=processes.rank, count=processes.count)
     else:
         batches, processes = data, ALONE
-    modes = {module: module.training for module in model.modules()}
     logits, labels = [], []
-    try:
-        model.eval()
-        with torch.no_grad(), autocast(device, precision), keep_memory():
-            for x, y in batches:
-                if len(y):  # a share of the last batch can be empty
-                    logits.append(model(x.to(device)).float())
-                    labels.append(y.to(device))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluation_mode(model), torch.no_grad(), autocast(device, precision), keep_memory():
+        for x, y in batches:
+            if len(y):  # a share of the last batch can be empty
+                logits.append(model(x.to(device)).float())
+                labels.append(y.to(device))
     if isinstance(data, ImageData) and processes.count > 1:
         place = torch.arange(len(data.test_labels))
         together = torch.zeros(len(place), len(data.class_names))
