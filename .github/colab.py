@@ -1,4 +1,4 @@
-"""Give every notebook but the index its Colab badge, first cell and GPU runtime; `--try` executes them as Colab would."""
+"""Give every notebook with code to run its Colab badge, first cell and GPU runtime; `--try` executes them as Colab would."""
 
 import argparse
 import json
@@ -30,8 +30,14 @@ if find_spec("google") and find_spec("google.colab"):
 
 def notebooks() -> list[Path]:
     """Return the notebooks that run on Colab, in their order."""
-    kinds = "[0-9][0-9]_*", "colab_*", "studies/[0-9][0-9]_*"
-    return [path for kind in kinds for path in sorted((ROOT / "nbs").glob(f"{kind}.ipynb"))]
+    first = [*sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")), ROOT / "nbs" / "quickstart.ipynb"]
+    details = [path for path in sorted((ROOT / "nbs").glob("*/*.ipynb")) if path.name != "package.ipynb"]
+    return [*first, *details]
+
+
+def place_of(path: Path) -> str:
+    """Return what names a notebook in the stored times: its path below nbs, without the ending."""
+    return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
 
 
 def head_of(path: Path, cells: list[dict]) -> tuple[str, str]:
@@ -43,9 +49,9 @@ def head_of(path: Path, cells: list[dict]) -> tuple[str, str]:
         "https://colab.research.google.com")
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     wanted = [package for module, package in EXTRAS.items() if re.search(rf"^\s*(import|from) {module}\b", source, re.MULTILINE)]
-    seconds = json.loads(TIMES.read_text(encoding="utf-8"))["seconds"].get(path.stem) if TIMES.exists() else None
+    seconds = json.loads(TIMES.read_text(encoding="utf-8"))["seconds"].get(place_of(path)) if TIMES.exists() else None
     words = "" if seconds is None else (
-        f"{say(seconds)} without a GPU; Colab's T4 should not need longer (not measured).")
+        f"{say(seconds)} on a CPU.")
     return BADGE.format(link=link, words=words).strip(), CELL.format(packages=" ".join(["attn_cifar", *wanted]))
 
 
@@ -93,8 +99,8 @@ def imitate(data: str, python: str) -> None:
             started = time.perf_counter()
             run([*colab, "nbconvert", "--log-level", "ERROR", "--to", "notebook", "--execute", "--inplace", path.name], cwd=alone,
                 env=environment)
-            found[path.stem] = round(time.perf_counter() - started, 1)
-            print(path.stem, found[path.stem], flush=True)
+            found[place_of(path)] = round(time.perf_counter() - started, 1)
+            print(place_of(path), found[place_of(path)], flush=True)
         after = run([colab[0], "-c", "import torch; print(torch.__version__)"], capture_output=True).stdout
         assert after == torch, "the notebooks replaced the torch that was there"
         shutil.copytree(alone, ROOT / "build" / "colab", dirs_exist_ok=True, ignore=lambda _, names: [

@@ -97,18 +97,29 @@ def comment_of(source: str, node: ast.AST) -> str:
     return f"  {rest}" if rest.startswith("#") else ""
 
 
-def api_page(module: Path, notebooks: dict[str, str]) -> str:
-    """Return the page of a module: what its `__all__` names, with signatures, comments and docstrings."""
-    source = module.read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    public = next((ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)
-                   and getattr(node.targets[0], "id", "") == "__all__"), [])
-    origin = notebooks.get(module.stem, "")
-    parts = [f"# {module.stem}", ast.get_docstring(tree) or "",
-             f"Defined, argued and tested in [its notebook](../{origin})." if origin else ""]
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public:
-            parts += describe(source, node)
+def public_names(tree: ast.Module) -> list[str]:
+    """Return what `__all__` of a module lists."""
+    return next((ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)
+                 and getattr(node.targets[0], "id", "") == "__all__"), [])
+
+
+def api_page(name: str, notebooks: dict[str, str]) -> str:
+    """Return the page of a package or module: the public names of each module, with signatures, comments and docstrings."""
+    path = ROOT / "attn_cifar" / name
+    modules = sorted(path.glob("[a-z]*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    parts = [f"# {name}"]
+    if path.is_dir():
+        exposed = public_names(ast.parse((path / "__init__.py").read_text(encoding="utf-8")))
+        parts.append(f"`from attn_cifar.{name} import …`: " + ", ".join(f"`{one}`" for one in sorted(exposed)) + ".")
+    for module in modules:
+        source = module.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        dotted = f"{name}.{module.stem}" if path.is_dir() else name
+        parts += [f"## {dotted}" if path.is_dir() else "", ast.get_docstring(tree) or "",
+                  f"Source, explanation and tests: [its notebook](../{notebooks[dotted]})." if dotted in notebooks else ""]
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public_names(tree):
+                parts += describe(source, node, 3 if path.is_dir() else 2)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -121,24 +132,28 @@ def write_source(folder: Path) -> None:
     (folder / "_static").mkdir()
     (folder / "_static" / "site.css").write_text(STYLE, encoding="utf-8")
     shutil.copytree(ROOT / "nbs" / "images", folder / "nbs" / "images")
-    pages, studies, origins = [], [], {}
-    for path in sorted((ROOT / "nbs").rglob("*.ipynb"), key=lambda path: (not path.name.startswith("colab_"), path)):
+    chapters, details, studies, origins = ["Quickstart <nbs/quickstart>"], [], [], {}
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         place = path.relative_to(ROOT)
-        if path.name == "index.ipynb" or ".ipynb_checkpoints" in path.parts:
+        if path.name in ("index.ipynb", "package.ipynb") or ".ipynb_checkpoints" in path.parts:
             continue
         copy_notebook(path, folder / place)
-        (studies if path.parent.name == "studies" else pages).append(f"{title_of(path)} <{place.with_suffix('').as_posix()}>")
-        for name in re.findall(r"#\|\s*default_exp (\w+)", path.read_text(encoding="utf-8")):
+        group = chapters if path.parent.name == "nbs" else studies if path.parent.name == "studies" else details
+        if path.name != "quickstart.ipynb":
+            number = f"{int(path.name[:2])}. " if group is chapters else ""
+            group.append(f"{number}{title_of(path)} <{place.with_suffix('').as_posix()}>")
+        for name in re.findall(r"#\|\s*default_exp ([\w.]+)", path.read_text(encoding="utf-8")):
             origins[name] = place.as_posix()
-    modules = [path for path in sorted((ROOT / "attn_cifar").glob("*.py")) if not path.stem.startswith("_")]
+    package = ROOT / "attn_cifar"
+    modules = sorted({path.stem for path in package.glob("[a-z]*.py")} | {path.parent.name for path in package.glob("*/__init__.py")})
     (folder / "api").mkdir()
     for module in modules:
-        (folder / "api" / f"{module.stem}.md").write_text(api_page(module, origins), encoding="utf-8")
+        (folder / "api" / f"{module}.md").write_text(api_page(module, origins), encoding="utf-8")
     home = (ROOT / "README.md").read_text(encoding="utf-8")
     home = re.sub(r"\[(`tests/[^\]]+)\]\([^)]*\)", r"\1", home)
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, folder)
-    contents = [("Read it", pages), ("Studies", studies), ("Reference", [f"api/{module.stem}" for module in modules]),
+    contents = [("Chapters", chapters), ("Details", details), ("Studies", studies), ("Reference", [f"api/{name}" for name in modules]),
                 ("Project", ["CONTRIBUTING", "CHANGELOG"])]
     for caption, entries in contents:
         home += "\n```{toctree}\n:hidden:\n:caption: " + caption + "\n" + "\n".join(entries) + "\n```\n"

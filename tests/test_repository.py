@@ -18,11 +18,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "attn_cifar"
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-WRITTEN_BY_HAND = {"__init__.py", "__main__.py"}
+WRITTEN_BY_HAND = {"__init__.py", "__main__.py", "faithfulness.py", "runs.py"}  # the last two: names of 0.1.0
 # A path of one machine, though not inside a URL, a word or base64.
 HOME_PATH = re.compile(r"(?<![\w+/.:])(?:/home/|/root/|/Users/|/tmp/|/var/folders/)\w|\b[A-Z]:\\Users\\")
-# `attn-cifar study` opens studies, which stands beside cli at the top; studies must not import cli in return.
-DOORS = {("cli", "studies")}
+# Imports go one way: a module imports from modules of its own package and from packages further left.
+LAYERS = ("core", "files", "data", "models", "training", "lr_finder explain", "visualization", "predict", "report",
+          "app studies s9 lr_finder_compat", "cli")
 
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
 
@@ -105,40 +106,79 @@ def test_relative_links_of_the_readme_exist():
     assert not broken, f"README.md points at {broken}"
 
 
-def exported_modules() -> dict[str, Path]:
-    """Return the modules that come from notebooks, by name."""
-    return {p.stem: p for p in PACKAGE.glob("*.py") if p.name not in WRITTEN_BY_HAND | {"_modidx.py"}}
+def exported_modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """Return the modules that come from notebooks, by their dotted name; a package by its own."""
+    by_hand = {package / name for name in WRITTEN_BY_HAND}
+    paths = [path for path in package.rglob("*.py") if path not in by_hand and path.name != "_modidx.py"]
+    return {".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 
-def imports_of(module: Path) -> set[str]:
+def imports_of(module: Path, package: Path = PACKAGE) -> set[str]:
     """Return the modules of attn_cifar that a module imports anywhere, inside functions too, but not for type checkers alone."""
     nodes = list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
     never_run = {inner for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
                  for inner in ast.walk(node)}
+    folder = ("attn_cifar", *module.relative_to(package).parts[:-1])
     names: set[str] = set()
     for node in (node for node in nodes if node not in never_run):
         if isinstance(node, ast.ImportFrom):
-            path = "attn_cifar." * bool(node.level) + (node.module or "")
-            names |= {path.rstrip("."), *(f"{path.rstrip('.')}.{alias.name}" for alias in node.names)}
+            above = folder[:len(folder) - node.level + 1] if node.level else ()
+            path = ".".join([*above, *(node.module.split(".") if node.module else ())])
+            names |= {path, *(f"{path}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("attn_cifar.")} & exported_modules().keys()
+    return {name.removeprefix("attn_cifar.") for name in names} & exported_modules(package).keys()
 
 
-def test_modules_import_only_what_stands_before_them():
-    """The notebooks' numbers are the order: an import must point at an earlier notebook, or within the same one."""
-    modules = exported_modules()
-    graph = {name: imports_of(path) - {name} for name, path in modules.items()}
+def backward_imports(package: Path = PACKAGE) -> set[tuple[str, str]]:
+    """Return (module, what it imports) for every import that does not point to a lower layer or into its own package."""
+    rank = {name: place for place, names in enumerate(LAYERS) for name in names.split()}
+
+    def layer(module: str) -> str:
+        return module.split(".")[0]
+
+    return {(name, needed) for name, path in exported_modules(package).items() for needed in imports_of(path, package)
+            if layer(name) != layer(needed) and rank[layer(needed)] >= rank[layer(name)]}
+
+
+def test_the_modules_are_those_that_notebooks_export():
+    """A search that overlooks a folder would find no fault there."""
+    lines = {name for path in NOTEBOOKS for name in re.findall(r"#\|\s*default_exp ([\w.]+)", path.read_text(encoding="utf-8"))}
+    assert len(lines) > 50 and exported_modules().keys() == {name.removesuffix(".__init__") for name in lines}
+    assert {name.split(".")[0] for name in exported_modules()} == set(" ".join(LAYERS).split())
+
+
+def test_imports_go_one_way():
+    assert not backward_imports(), f"(module, what it imports from a higher layer): {sorted(backward_imports())}"
+    graph = {name: imports_of(path) - {name} for name, path in exported_modules().items() if path.name != "__init__.py"}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, naming the cycle
-    notebook = {name: re.search(r"File to edit: \S*?nbs/(\S+)\.ipynb", path.read_text(encoding="utf-8"))[1]
-                for name, path in modules.items()}
-    backwards = {(name, needed) for name in graph for needed in graph[name] if notebook[needed] > notebook[name]}
-    assert backwards <= DOORS, f"(module, what it imports too early): {sorted(backwards - DOORS)}"
+
+
+@pytest.mark.parametrize("line", ["from attn_cifar.training import fit", "from ..training.loop import fit",
+                                  "def later():\n    from attn_cifar.report import make_report"])
+def test_a_backward_import_is_noticed(tmp_path, line):
+    """A planted fault, at the top of a module and inside a function, absolute and relative."""
+    package = shutil.copytree(PACKAGE, tmp_path / "attn_cifar", ignore=shutil.ignore_patterns("__pycache__", "pretrained"))
+    with open(package / "models" / "networks.py", "a", encoding="utf-8") as file:
+        file.write(f"\n\n{line}\n")
+    assert {name for name, _ in backward_imports(package)} == {"models.networks"}
+
+
+def test_no_private_name_crosses_packages():
+    """`_name` belongs to its package: others would depend on what may change."""
+    crossing = []
+    for name, path in exported_modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.level > 1 or (node.level and path.parent == PACKAGE)
+                                                     or (node.module or "").startswith("attn_cifar")):
+                crossing += [f"{name}: {alias.name}" for alias in node.names if alias.name.startswith("_")
+                             and not alias.name.startswith("__")]
+    assert not crossing
 
 
 def test_light_modules_bring_in_no_heavy_library():
     heavy = {"albumentations", "cv2", "tensorboard", "matplotlib", "torchvision"}
-    code = ("import sys; import attn_cifar.data, attn_cifar.models, attn_cifar.state, attn_cifar.lr_finder\n"
+    code = ("import sys; import attn_cifar.data, attn_cifar.models, attn_cifar.lr_finder, attn_cifar.explain\n"
             "from attn_cifar.training import fit\n"
             f"print(*sorted({heavy!r} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
