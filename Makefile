@@ -11,7 +11,7 @@ MYPY := $(BIN)/mypy --ignore-missing-imports --disallow-untyped-defs --disallow-
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
-.PHONY: run test bench docs export readme colab test-colab test-package clean
+.PHONY: run test bench docs export picture readme colab test-colab test-package clean
 
 run: .venv/.installed
 	@$(BIN)/python -m attn_cifar study demo
@@ -34,6 +34,10 @@ export: .venv/.installed-dev
 # The book: _docs/index.html.
 docs: .venv/.installed-docs
 	@$(BIN)/python .github/site.py
+
+# The picture of README, from CIFAR-10; DATA=folder for images other than the downloaded ones.
+picture: .venv/.installed-dev
+	@$(BIN)/python .github/picture.py $(DATA)
 
 readme: .venv/.installed-dev
 	@$(BIN)/python .github/readme.py
