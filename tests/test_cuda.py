@@ -1,19 +1,30 @@
-"""The GPU's paths: skipped, visibly, where there is none."""
+"""The GPU's paths: on a real GPU if there is one, otherwise on a simulated one (`simulated_gpu.py`)."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from simulated_gpu import simulated_gpu
+
 from attn_cifar.data import Augmentation, Batches, load_data, normalize
-from attn_cifar.explain import explain
-from attn_cifar.explain import check_explanations
-from attn_cifar.studies.ladder import evaluate_flipped, picture_attention
+from attn_cifar.explain import check_explanations, explain
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model, load_pretrained
+from attn_cifar.studies.ladder import evaluate_flipped, picture_attention
 from attn_cifar.training import RECIPES, BatchLoss, Engine, choose_engine, choose_recipe, fit
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is at hand")
+REAL = torch.cuda.is_available()
 RECIPE = choose_recipe(None, RECIPES["upstream"], {"batch_size": 32, "epochs": 2, "max_lr": 0.001})
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    """Give each test a GPU; the value is the simulation, or None on a real one."""
+    if REAL:
+        yield None
+    else:
+        with simulated_gpu() as simulation:
+            yield simulation
 
 
 @pytest.fixture(scope="module")
