@@ -60,6 +60,9 @@ def copy_notebook(path: Path, out: Path) -> None:
             if path.parent.name == "studies":  # an argument, whose code is a click away
                 cell["metadata"]["tags"] = ["hide-input"]
         cell["source"] = source.splitlines(keepends=True)
+        for data in (output["data"] for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})):
+            text = "".join(data["text/markdown"])  # links in outputs are left as they are: they have to name the pages
+            data["text/markdown"] = re.sub(r"\]\(([^):]+)\.ipynb\)", r"](\1.html)", text)
         kept.append(cell)
     notebook["cells"] = kept
     notebook["metadata"]["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
@@ -140,7 +143,7 @@ def write_source(folder: Path) -> None:
         copy_notebook(path, folder / place)
         group = chapters if path.parent.name == "nbs" else studies if path.parent.name == "studies" else details
         if path.name != "quickstart.ipynb":
-            number = f"{int(path.name[:2])}. " if group is chapters else ""
+            number = f"{int(path.name[:2])}. " if path.name[0].isdigit() else ""
             group.append(f"{number}{title_of(path)} <{place.with_suffix('').as_posix()}>")
         for name in re.findall(r"#\|\s*default_exp ([\w.]+)", path.read_text(encoding="utf-8")):
             origins[name] = place.as_posix()
