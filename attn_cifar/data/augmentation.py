@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_AUGMENTATION', 'Augmentation', 'albumentations_pipeline', 'AlbumentationsTransform']
 
-# %% ../../nbs/data/augmentation.ipynb #75ade58a
+# %% ../../nbs/data/augmentation.ipynb #791e695e
 import math
 import os
 from dataclasses import dataclass
@@ -20,12 +20,73 @@ from ..core import InputError
 from .images import _channels, _normalize_rows, normalize
 
 if TYPE_CHECKING:
-    from albumentations import Compose
+    from albumentations import BasicTransform, Compose
 
-# %% ../../nbs/data/augmentation.ipynb #15080e6a
+# %% ../../nbs/data/augmentation.ipynb #9da64140
+def _rotate(
+    images: Tensor,  # uint8 (B, H, W, 3)
+    angle: Tensor,  # float (B,), in degrees, counter-clockwise
+) -> Tensor:  # uint8 (B, H, W, 3)
+    "Rotate each image around its center; bilinear, the border mirrored without repeating its edge."
+    height, width = images.shape[1:3]
+    radians = angle * (math.pi / 180)
+    y = torch.arange(height, device=images.device, dtype=torch.float32).view(1, -1, 1) - (height - 1) / 2
+    x = torch.arange(width, device=images.device, dtype=torch.float32).view(1, 1, -1) - (width - 1) / 2
+    cos, sin = radians.cos().view(-1, 1, 1), radians.sin().view(-1, 1, 1)
+    grid = torch.stack([(cos * x - sin * y) * 2 / (width - 1), (sin * x + cos * y) * 2 / (height - 1)], dim=-1)
+    planes = images.permute(0, 3, 1, 2).float().contiguous()  # grid_sample is several times slower in channels_last
+    rotated = F.grid_sample(planes, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
+    return rotated.round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+# %% ../../nbs/data/augmentation.ipynb #725efb0b
+def _pad_normalized(images: Tensor, pad: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    "Normalize (B, H, W, 3) into (B, H + 2 * pad, (W + 2 * pad) * 3) with a border of the numbers of the mean."
+    count, height, width, channels = images.shape
+    side = pad * channels
+    padded = torch.empty(count, height + 2 * pad, (width + 2 * pad) * channels, device=images.device)
+    _normalize_rows(images, mean, std, out=padded[:, pad:-pad, side:-side])
+    border = _channels(mean, images).view(-1).repeat(width + 2 * pad)
+    padded[:, :pad], padded[:, -pad:] = border, border
+    padded[:, pad:-pad, :side], padded[:, pad:-pad, -side:] = border[:side], border[:side]
+    return padded
+
+# %% ../../nbs/data/augmentation.ipynb #eeea8158
+def _crop(images: Tensor, drawn: dict[str, Tensor], pad: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    "Normalize and pad (B, H, W, 3), and crop each image at its own offset 0 .. 2 * pad: float (B, 3, H, W)."
+    count, height, width, channels = images.shape
+    tall, wide = height + 2 * pad, width + 2 * pad
+    padded = _pad_normalized(images, pad, mean, std)
+    starts = count * tall * wide - width + 1
+    windows = padded.view(-1).as_strided((starts, width * channels), (channels, 1))
+    image = torch.arange(count, device=images.device)[:, None] * tall
+    rows = drawn["crop_y"][:, None] + torch.arange(height, device=images.device)
+    chosen = windows.index_select(0, ((image + rows) * wide + drawn["crop_x"][:, None]).view(-1))
+    return chosen.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+# %% ../../nbs/data/augmentation.ipynb #8f1327bc
+def _squares(drawn: dict[str, Tensor], cut: Tensor, side: int, height: int, width: int) -> Tensor:
+    "Return the positions in (B * H * W) of the pixels to erase in the images `cut`; some twice, if a square is clipped."
+    steps = torch.arange(side, device=cut.device)
+    rows = torch.minimum(drawn["top"][cut, None] + steps, drawn["bottom"][cut, None] - 1)
+    columns = torch.minimum(drawn["left"][cut, None] + steps, drawn["right"][cut, None] - 1)
+    return ((cut[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]).view(-1)
+
+# %% ../../nbs/data/augmentation.ipynb #f11f03b7
+def _cut_out(batch: Tensor, drawn: dict[str, Tensor], cut: Tensor, side: int) -> Tensor:
+    "Set a square of each image `cut` of a batch (B, 3, H, W) to 0, the mean color."
+    rows = batch.permute(0, 2, 3, 1).contiguous()
+    rows.flatten(0, 2).index_fill_(0, _squares(drawn, cut, side, *batch.shape[2:]), 0.0)
+    return rows.permute(0, 3, 1, 2)
+
+# %% ../../nbs/data/augmentation.ipynb #c566561b
+def _integers(uniform: Tensor, n: int) -> Tensor:
+    "Map numbers in 0..1 to integers 0 .. n - 1; the product can round up to n."
+    return (uniform * n).long().clamp_(max=n - 1)
+
+# %% ../../nbs/data/augmentation.ipynb #1898f5b6
 @dataclass(frozen=True)
 class Augmentation:
-    "Say what may happen to a training image; the defaults are upstream's (S9). `NO_AUGMENTATION` does nothing."
+    "What may happen to a training image; the defaults are those of the upstream course (S9)."
     rotate: float = 5.0  # largest rotation in degrees, either way
     rotate_prob: float = 0.5
     pad: int = 4  # pixels on each side before the random crop
@@ -43,16 +104,12 @@ class Augmentation:
         "Draw what happens to each of `count` images: angle, crop offset, cutout edges, flip."
         height, width = size
         uniform = torch.rand(8, count, generator=generator)
-
-        def integers(u: Tensor, n: int) -> Tensor:  # 0 .. n - 1; the product can round up to n
-            return (u * n).long().clamp_(max=n - 1)
-
         angle = (uniform[0] * 2 - 1) * self.rotate * (uniform[1] < self.rotate_prob)
-        top = (integers(uniform[4], height + 1) - self.cutout // 2).clamp(min=0)
-        left = (integers(uniform[5], width + 1) - self.cutout // 2).clamp(min=0)
+        top = (_integers(uniform[4], height + 1) - self.cutout // 2).clamp(min=0)
+        left = (_integers(uniform[5], width + 1) - self.cutout // 2).clamp(min=0)
         side = self.cutout * (uniform[6] < self.cutout_prob)
-        return {"angle": angle, "crop_y": integers(uniform[2], 2 * self.pad + 1),
-                "crop_x": integers(uniform[3], 2 * self.pad + 1), "top": top, "left": left,
+        return {"angle": angle, "crop_y": _integers(uniform[2], 2 * self.pad + 1),
+                "crop_x": _integers(uniform[3], 2 * self.pad + 1), "top": top, "left": left,
                 "bottom": (top + side).clamp(max=height), "right": (left + side).clamp(max=width),
                 "flip": uniform[7] < self.flip_prob}
 
@@ -60,74 +117,51 @@ class Augmentation:
         self,
         images: Tensor,  # uint8 (B, H, W, 3), on any device
         drawn: dict[str, Tensor],  # as returned by `draw`, on the CPU
-        mean: tuple[float, ...],  # normalisation, see `normalize`; also the fill of the padding
+        mean: tuple[float, ...],  # see `normalize`; also the fill of the padding
         std: tuple[float, ...],
-    ) -> Tensor:
-        "Augment and normalise a whole batch, each image by its own numbers: float (B, 3, H, W)."
-        turned = drawn["angle"].nonzero().squeeze(1)  # both found on the CPU: no synchronisation with a GPU
+    ) -> Tensor:  # float (B, 3, H, W)
+        "Augment and normalize a whole batch, each image by its own numbers."
+        rotated = drawn["angle"].nonzero().squeeze(1)  # both indices on the CPU: no synchronization with a GPU
         cut = ((drawn["bottom"] > drawn["top"]) & (drawn["right"] > drawn["left"])).nonzero().squeeze(1)
         drawn = {name: values.to(images.device, non_blocking=True) for name, values in drawn.items()}
-        if len(turned):
-            index = turned.to(images.device, non_blocking=True)
+        if len(rotated):
+            index = rotated.to(images.device, non_blocking=True)
             images = images.index_put((index,), _rotate(images.index_select(0, index), drawn["angle"][index]))
         batch = _crop(images, drawn, self.pad, mean, std) if self.pad else normalize(images, mean, std)
         if self.flip_prob or self.alternate:
             batch = torch.where(drawn["flip"].view(-1, 1, 1, 1), batch.flip(3), batch)
-        if self.cutout:
-            pixels = batch.permute(0, 2, 3, 1).contiguous().flatten(0, 2)  # (B * H * W, 3)
-            pixels.index_fill_(0, _squares(drawn, cut.to(images.device, non_blocking=True), self.cutout, *batch.shape[2:]), 0.0)
-            batch = pixels.view(*images.shape).permute(0, 3, 1, 2)
-        return batch
+        return _cut_out(batch, drawn, cut.to(images.device, non_blocking=True), self.cutout) if self.cutout else batch
 
-# %% ../../nbs/data/augmentation.ipynb #7833cdb1
+# %% ../../nbs/data/augmentation.ipynb #d3a8d5d7
 NO_AUGMENTATION = Augmentation(rotate=0.0, rotate_prob=0.0, pad=0, cutout=0, cutout_prob=0.0)
 
+# %% ../../nbs/data/augmentation.ipynb #f196376c
+def _cutout_transform(side: int, probability: float) -> "BasicTransform":
+    "Return cutout (DeVries and Taylor 2017), clipped as upstream clips it, as an albumentations transform."
+    import albumentations as A
 
-def _rotate(images: Tensor, angle: Tensor) -> Tensor:
-    "Rotate uint8 (B, H, W, 3) by degrees, counter-clockwise; bilinear, the border mirrored without repeating its edge."
-    height, width = images.shape[1:3]
-    radians = angle * (math.pi / 180)
-    y = torch.arange(height, device=images.device, dtype=torch.float32).view(1, -1, 1) - (height - 1) / 2
-    x = torch.arange(width, device=images.device, dtype=torch.float32).view(1, 1, -1) - (width - 1) / 2
-    cos, sin = radians.cos().view(-1, 1, 1), radians.sin().view(-1, 1, 1)
-    grid = torch.stack([(cos * x - sin * y) * 2 / (width - 1), (sin * x + cos * y) * 2 / (height - 1)], dim=-1)
-    planes = images.permute(0, 3, 1, 2).float().contiguous()  # grid_sample is several times slower in channels_last
-    turned = F.grid_sample(planes, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
-    return turned.round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    class Cutout(A.ImageOnlyTransform):
+        def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+            height, width = params["shape"][:2]
+            top = max(self.py_random.randrange(height + 1) - side // 2, 0)
+            left = max(self.py_random.randrange(width + 1) - side // 2, 0)
+            return {"top": top, "left": left, "bottom": min(top + side, height), "right": min(left + side, width)}
 
-# %% ../../nbs/data/augmentation.ipynb #cb3b2bf5
-def _crop(images: Tensor, drawn: dict[str, Tensor], pad: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    "Normalise (B, H, W, 3), pad it with the numbers of the mean, and crop each image at its own offset 0 .. 2 * pad."
-    count, height, width, channels = images.shape
-    tall, wide, side = height + 2 * pad, width + 2 * pad, pad * channels
-    padded = torch.empty(count, tall, wide * channels, device=images.device)
-    _normalize_rows(images, mean, std, out=padded[:, pad:-pad, side:-side])
-    border = _channels(mean, images).view(-1).repeat(wide)
-    padded[:, :pad], padded[:, -pad:] = border, border
-    padded[:, pad:-pad, :side], padded[:, pad:-pad, -side:] = border[:side], border[:side]
-    starts = count * tall * wide - width + 1  # each pixel starts a window of one row; windows overlap, nothing is copied
-    windows = padded.view(-1).as_strided((starts, width * channels), (channels, 1))
-    image = torch.arange(count, device=images.device)[:, None] * tall
-    rows = drawn["crop_y"][:, None] + torch.arange(height, device=images.device)
-    chosen = windows.index_select(0, ((image + rows) * wide + drawn["crop_x"][:, None]).view(-1))
-    return chosen.view(count, height, width, channels).permute(0, 3, 1, 2)
+        def apply(self, img: np.ndarray, top: int = 0, left: int = 0, bottom: int = 0, right: int = 0, **_: Any) -> np.ndarray:
+            img = img.copy()
+            img[top:bottom, left:right] = 0
+            return img
 
-# %% ../../nbs/data/augmentation.ipynb #b9415b20
-def _squares(drawn: dict[str, Tensor], cut: Tensor, side: int, height: int, width: int) -> Tensor:
-    "Return the positions in (B * H * W) of the pixels to cut out of the images `cut`; where a square shrinks, some twice."
-    steps = torch.arange(side, device=cut.device)
-    rows = torch.minimum(drawn["top"][cut, None] + steps, drawn["bottom"][cut, None] - 1)
-    columns = torch.minimum(drawn["left"][cut, None] + steps, drawn["right"][cut, None] - 1)
-    return ((cut[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]).view(-1)
+    return Cutout(p=probability if side else 0)
 
-# %% ../../nbs/data/augmentation.ipynb #5cc79c85
+# %% ../../nbs/data/augmentation.ipynb #00f2141b
 def albumentations_pipeline(
     augmentation: Augmentation,  # what may happen to an image
     mean: tuple[float, ...],  # see `normalize`
     std: tuple[float, ...],
     size: tuple[int, int] = (32, 32),  # (H, W) of the images in pixels
-    seed: int | None = None,  # of its own random stream
-    report: bool = False,  # say what was drawn, as "applied_transforms" beside the image; takes time
+    seed: int | None = None,  # of the pipeline's random stream
+    report: bool = False,  # return what was drawn, as "applied_transforms" beside the image; takes time
 ) -> "Compose":
     "Return `augmentation` as an albumentations pipeline: call it with `image=` uint8 (H, W, 3); it returns float HWC."
     if augmentation.alternate:
@@ -135,19 +169,6 @@ def albumentations_pipeline(
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for a newer version on the network
     import albumentations as A
     import cv2
-
-    class Cutout(A.ImageOnlyTransform):  # DeVries and Taylor 2017, with upstream's clipping
-        def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-            height, width = params["shape"][:2]
-            top = max(self.py_random.randrange(height + 1) - augmentation.cutout // 2, 0)
-            left = max(self.py_random.randrange(width + 1) - augmentation.cutout // 2, 0)
-            return {"top": top, "left": left, "bottom": min(top + augmentation.cutout, height),
-                    "right": min(left + augmentation.cutout, width)}
-
-        def apply(self, img: np.ndarray, top: int = 0, left: int = 0, bottom: int = 0, right: int = 0, **_: Any) -> np.ndarray:
-            img = img.copy()
-            img[top:bottom, left:right] = 0
-            return img
 
     height, width = size
     limit, pad = (-augmentation.rotate, augmentation.rotate), augmentation.pad
@@ -157,12 +178,12 @@ def albumentations_pipeline(
         A.PadIfNeeded(height + 2 * pad, width + 2 * pad, border_mode=cv2.BORDER_CONSTANT, fill=mean),
         A.RandomCrop(height, width),
         A.HorizontalFlip(p=augmentation.flip_prob),
-        Cutout(p=augmentation.cutout_prob if augmentation.cutout else 0),
+        _cutout_transform(augmentation.cutout, augmentation.cutout_prob),
     ], seed=seed, save_applied_params=report)
 
-# %% ../../nbs/data/augmentation.ipynb #f90e6c3c
+# %% ../../nbs/data/augmentation.ipynb #d9a98a51
 class AlbumentationsTransform:
-    "Apply the pipeline of an `Augmentation` to one image; each `DataLoader` worker and epoch gets a stream of its own."
+    "The pipeline of an `Augmentation` for one image, with a separate random stream per `DataLoader` worker and epoch."
 
     def __init__(
         self,
@@ -176,7 +197,7 @@ class AlbumentationsTransform:
         self._stream: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        "Return the random stream outside worker processes, to be kept in memory: it holds the pipeline."
+        "Return the random stream outside worker processes, to be kept in memory: it contains the pipeline."
         return {"stream": self._stream, "pipeline": self._pipeline}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

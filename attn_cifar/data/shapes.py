@@ -21,9 +21,9 @@ def _corners(count: int, inner: float = 1.0) -> np.ndarray:
     radius = np.where(np.arange(count) % 2, inner, 1.0)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
 
-# %% ../../nbs/data/shapes.ipynb #9770e473
+# %% ../../nbs/data/shapes.ipynb #18d267bf
 def _outlines() -> dict[str, list[np.ndarray]]:
-    "Return the outline of each class, about 1 in radius; a second outline is a hole."
+    "Return the outline of each class, with a radius of about 1; a second outline is a hole."
     circle, a = _corners(48), 2 * np.pi * np.arange(48) / 48
     heart = [16 * np.sin(a) ** 3, 5 * np.cos(2 * a) + 2 * np.cos(3 * a) + np.cos(4 * a) - 13 * np.cos(a)]
     bars = [(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1), (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]
@@ -35,55 +35,71 @@ def _outlines() -> dict[str, list[np.ndarray]]:
         "star": [1.1 * _corners(10, inner=.42)], "triangle": [1.1 * _corners(3) + (0, .12)]}
     return {name: [np.asarray(outline) for outline in parts] for name, parts in outlines.items()}
 
-# %% ../../nbs/data/shapes.ipynb #60caf3c1
+# %% ../../nbs/data/shapes.ipynb #182935cb
 _OUTLINES = _outlines()
-SHAPE_NAMES = tuple(_OUTLINES)  # alphabetical, as the classes of a folder would be
+SHAPE_NAMES = tuple(_OUTLINES)  # alphabetical, like the classes of a folder
 
-# %% ../../nbs/data/shapes.ipynb #6b9a3223
-def _two_colours(rng: np.random.Generator) -> np.ndarray:  # float (2, 3), RGB in 0..255: background, object
-    "Draw two colours that differ in brightness by a quarter of its range or more, the second lighter in 4 of 5."
+# %% ../../nbs/data/shapes.ipynb #6a60af70
+def _two_colors(rng: np.random.Generator) -> np.ndarray:  # float (2, 3), RGB in 0..255: background, object
+    "Draw two colors that differ in brightness by at least a quarter of its range, the second lighter in 4 of 5 cases."
     sign = 1 if rng.random() < .8 else -1
     while True:
-        colours = np.array([colorsys.hsv_to_rgb(*rng.uniform((0, .3, .2), (1, .95, 1))) for _ in range(2)])
-        if sign * (colours[1] - colours[0]) @ (.299, .587, .114) > .25:
-            return 255 * colours
+        colors = np.array([colorsys.hsv_to_rgb(*rng.uniform((0, .3, .2), (1, .95, 1))) for _ in range(2)])
+        if sign * (colors[1] - colors[0]) @ (.299, .587, .114) > .25:
+            return 255 * colors
 
-# %% ../../nbs/data/shapes.ipynb #5222a95d
-def _paint(picture: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    "Mix `colour` into the picture by how much of each pixel the (128, 128) mask covers."
+# %% ../../nbs/data/shapes.ipynb #74335362
+def _paint(
+    picture: np.ndarray,  # float (32, 32, 3)
+    mask: np.ndarray,  # uint8 (128, 128), 0 or 255
+    color: np.ndarray,  # of the layer, broadcasts to (32, 32, 3)
+) -> np.ndarray:  # float (32, 32, 3)
+    "Mix a color into a picture by how much of each pixel the mask covers."
     import cv2
     cover = cv2.resize(mask, (32, 32), interpolation=cv2.INTER_AREA)[..., None] / 255
-    return picture + cover * (colour - picture)
+    return picture + cover * (color - picture)
 
-# %% ../../nbs/data/shapes.ipynb #ac7d074a
-def _draw_shape(name: str, rng: np.random.Generator) -> np.ndarray:
-    "Draw one image, uint8 (32, 32, 3): a blotchy background, up to three scratches, and the object."
+# %% ../../nbs/data/shapes.ipynb #73f9dcd8
+def _draw_background(color: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # float (32, 32, 3)
+    "Draw blotches around a color, and up to three scratches on them."
     import cv2
-    background, colour = _two_colours(rng)
-    blotches = background + rng.normal(0, 20, (4, 4, 1)) + rng.normal(0, 8, (4, 4, 3))
+    blotches = color + rng.normal(0, 20, (4, 4, 1)) + rng.normal(0, 8, (4, 4, 3))
     picture = cv2.resize(blotches, (32, 32), interpolation=cv2.INTER_CUBIC)
     mask = np.zeros((128, 128), np.uint8)
     for start, end in rng.integers(0, 128, (rng.integers(4), 2, 2)).tolist():
         cv2.line(mask, start, end, 255, thickness=int(rng.integers(3, 7)))
-    picture = _paint(picture, mask, background + rng.choice((-40, 40)))
-    radius, turn = rng.uniform(8.5, 12), np.radians(rng.uniform(-35, 35))
-    centre = rng.uniform(1.1 * radius, 32 - 1.1 * radius, 2)
-    axes = np.array([(np.cos(turn), np.sin(turn)), (-np.sin(turn), np.cos(turn))]) * rng.uniform(.88, 1, (2, 1))
+    return _paint(picture, mask, color + rng.choice((-40, 40)))
+
+# %% ../../nbs/data/shapes.ipynb #bd503a0c
+def _draw_mask(name: str, rng: np.random.Generator) -> tuple[np.ndarray, float]:  # uint8 (128, 128), and the center's row
+    "Draw an outline at a random place, size, rotation and proportion."
+    import cv2
+    radius, rotation = rng.uniform(8.5, 12), np.radians(rng.uniform(-35, 35))
+    center = rng.uniform(1.1 * radius, 32 - 1.1 * radius, 2)
+    axes = np.array([(np.cos(rotation), np.sin(rotation)), (-np.sin(rotation), np.cos(rotation))]) * rng.uniform(.88, 1, (2, 1))
     mask = np.zeros((128, 128), np.uint8)
     for outline, value in zip(_OUTLINES[name], (255, 0)):
-        points = 4 * (centre + radius * outline @ axes)
+        points = 4 * (center + radius * outline @ axes)
         cv2.fillPoly(mask, [np.rint(16 * points).astype(np.int32)], value, shift=4)  # 1/16 of a mask pixel
-    shading = rng.uniform(-1.5, 1.5) * (np.arange(32) - centre[1])[:, None, None]
-    picture = _paint(picture, mask, colour + shading) + rng.normal(0, 3, (32, 32, 3))
+    return mask, center[1]
+
+# %% ../../nbs/data/shapes.ipynb #7c8a701b
+def _draw_shape(name: str, rng: np.random.Generator) -> np.ndarray:  # uint8 (32, 32, 3)
+    "Draw one image of a class."
+    background, color = _two_colors(rng)
+    picture = _draw_background(background, rng)
+    mask, middle = _draw_mask(name, rng)
+    shading = rng.uniform(-1.5, 1.5) * (np.arange(32) - middle)[:, None, None]
+    picture = _paint(picture, mask, color + shading) + rng.normal(0, 3, (32, 32, 3))
     return np.rint(picture).clip(0, 255).astype(np.uint8)
 
-# %% ../../nbs/data/shapes.ipynb #f7d32d88
+# %% ../../nbs/data/shapes.ipynb #ac753762
 def draw_shapes(
     count: int,            # images; image i shows class i % 10, so the labels are balanced
     seed: int = 0,         # 0 or more; image i depends on `seed`, `split` and i alone, not on `count`
     split: str = "train",  # "train" or "test": two streams without a common seed
 ) -> tuple[np.ndarray, np.ndarray]:  # images uint8 (count, 32, 32, 3) RGB, labels int64 (count,)
-    "Draw the built-in image set; raise `InputError` for a count, seed or split that cannot be."
+    "Draw the built-in images. Raises `InputError` for an invalid count, seed or split."
     if count < 1 or seed < 0 or split not in ("train", "test"):
         raise InputError(f"shapes needs count >= 1, seed >= 0, split train or test; got {count}, {seed}, {split!r}")
     labels = np.arange(count, dtype=np.int64) % len(SHAPE_NAMES)

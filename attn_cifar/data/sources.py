@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CIFAR10_MEAN', 'CIFAR10_STD', 'cifar10', 'load_data']
 
-# %% ../../nbs/data/sources.ipynb #0a0a8fc2
+# %% ../../nbs/data/sources.ipynb #8d5a0a33
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -16,43 +17,58 @@ from .folders import folder_data
 from .images import ImageData
 from .shapes import shapes_data
 
-# %% ../../nbs/data/sources.ipynb #253b3cd6
-CIFAR10_MEAN = 0.49139968, 0.48215841, 0.44653091  # upstream's constants, of the 50,000 training images
+# %% ../../nbs/data/sources.ipynb #44d5c2d2
+CIFAR10_MEAN = 0.49139968, 0.48215841, 0.44653091  # of the 50,000 training images, as in the upstream course
 CIFAR10_STD = 0.24703223, 0.24348513, 0.26158784
 
 
-def cifar10() -> ImageData:
-    "Download CIFAR-10 with torchvision, check it, and return it."
-    from torchvision.datasets import CIFAR10
+def _check_archive(
+    archive: Path,  # may be missing
+    md5: str,  # the expected checksum
+) -> None:
+    "Raise `InputError` if an existing archive has another MD5 checksum."
     from torchvision.datasets.utils import check_integrity
+
+    if archive.exists() and not check_integrity(str(archive), md5):
+        raise InputError(f"{archive} is corrupt: its MD5 checksum is not {md5}; nothing was read from it. "
+                         "Delete it and run again")
+
+# %% ../../nbs/data/sources.ipynb #1246ded3
+def cifar10() -> ImageData:
+    "Download CIFAR-10 with torchvision, verify it, and return it. Raises `InputError`."
+    from torchvision.datasets import CIFAR10
 
     folder = cache_folder() / "cifar10"
     archive = folder / CIFAR10.filename
-
-    def check_archive() -> None:
-        if archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):
-            raise InputError(f"{archive} is corrupt: its MD5 checksum is not {CIFAR10.tgz_md5}; "
-                             "nothing was read from it. Delete it and run again")
-
-    check_archive()
+    _check_archive(archive, CIFAR10.tgz_md5)
     try:
         parts = [CIFAR10(str(folder), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
-        check_archive()
+        _check_archive(archive, CIFAR10.tgz_md5)
         raise InputError(f"CIFAR-10 could not be downloaded ({error}). Put {CIFAR10.filename} into {folder} yourself, "
                          "or use --data shapes (built in) or --data FOLDER (your own images)") from error
     train_labels, test_labels = (np.array(part.targets, dtype=np.int64) for part in parts)
     return ImageData(parts[0].data, train_labels, parts[1].data, test_labels, tuple(parts[0].classes), CIFAR10_MEAN,
                      CIFAR10_STD, "cifar10")
 
-# %% ../../nbs/data/sources.ipynb #77369d42
+# %% ../../nbs/data/sources.ipynb #c475fd1b
 def load_data(
-    source: str | os.PathLike,  # "cifar10", "shapes", or a folder: train/<class>/* and test/<class>/*, or <class>/*
+    source: str | os.PathLike,  # "cifar10", "shapes", or a folder
     *,
-    image_size: int = 32,  # side in pixels to which the images of a folder are brought
-    skip_bad: bool = False,  # leave out files of a folder that cannot be read, instead of stopping
+    image_size: int = 32,  # side in pixels, 8 to 1024, for the images of a folder
+    skip_bad: bool = False,  # leave out unreadable files of a folder
 ) -> ImageData:
-    "Load a data set by name or from a folder; decoded once, memory-mapped afterwards. Raises `InputError`."
+    """Load a data set by name or from a folder. It is decoded once, cached, and memory-mapped from then on.
+
+    source: "cifar10" (downloaded by torchvision, checksum verified), "shapes" (drawn, no download), or a folder that contains
+        train/<class>/* and test/<class>/*, or <class>/* alone: then one image in six becomes a test image.
+    image_size: side in pixels to which the images of a folder are cropped and resized, 8 to 1024; 32 for the other sources.
+    skip_bad: leave out files of a folder that cannot be read, instead of raising.
+
+    Returns an `ImageData`. Raises `InputError` for an unknown source, an unusable folder or a failed download.
+
+    Example: `data = load_data("photos", image_size=64)`
+    """
     if not 8 <= image_size <= 1024:
         raise InputError(f"image_size must lie between 8 and 1024 pixels, not {image_size}")
     if str(source) in ("cifar10", "shapes"):
