@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUFF := $(BIN)/ruff check --quiet --isolated --target-version py310 --line-length 130 --select E,F,W,B,UP
 # Notebooks set up what the next cell uses and end in one line that exports them.
 RUFF += --extend-exclude _modidx.py --ignore E402,W292,B018,B905 \
-    --per-file-ignores '*.ipynb:E702' --per-file-ignores '*.ipynb:F811'
+    --per-file-ignores '*.ipynb:E702' --per-file-ignores '*.ipynb:F811' --per-file-ignores 'package.ipynb:F401'
 MYPY := $(BIN)/mypy --ignore-missing-imports --disallow-untyped-defs --disallow-incomplete-defs --check-untyped-defs \
     --no-implicit-reexport --extra-checks --strict-equality --warn-redundant-casts --warn-unreachable
 

@@ -380,7 +380,7 @@ def test_names_of_any_kind(tmp_path, elsewhere, capsys):
 
 def test_a_file_that_changes_while_it_is_read(tmp_path, elsewhere, monkeypatch):
     """A file is cut after it was listed: it is named; whole again, it is read anew, and not from the cache."""
-    import attn_cifar.data as module
+    import attn_cifar.data.folders as module
 
     folder = photos(tmp_path / "photos")
     victim, decode = folder / "cat" / "1.png", module._decode
