@@ -19,8 +19,7 @@ from attn_cifar.cli import make_parser
 from attn_cifar.data import load_data
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model
-from attn_cifar.report import remake_command
-from attn_cifar.report import make_report
+from attn_cifar.report import make_report, remake_command
 from attn_cifar.training import RECIPES, fit, load_run
 
 HOSTILE = "<script>alert(1)</script>"
@@ -92,6 +91,13 @@ def test_every_map_has_a_verdict(browser, run_folder):
         cells = browser.find_elements("css selector", f"[aria-labelledby={section}] tbody tr td:nth-child(2)")
         words = {cell.text for cell in cells}
         assert words and words <= {"believable", "unproven", "misleading", "indifferent", "empty"}, section
+
+
+def test_a_report_made_again_is_the_same(run_folder):
+    data = load_data("shapes").subset(500, 200)
+    data = replace(data, class_names=(HOSTILE, *data.class_names[1:]))
+    before = (run_folder / "report.html").read_bytes()
+    assert make_report(run_folder, data).read_bytes() == before
 
 
 def test_report_can_be_walked_with_the_keyboard(browser, run_folder):

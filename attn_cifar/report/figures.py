@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _draw_explanations(results: RunResults, method: str) -> Any:
     return plot_explanations(maps, results.images[:SHOWN], results.data, labels=labels)
 
 # %% ../../nbs/report/figures.ipynb #ac2d1a25
-FIGURES |= {method: lambda results, method=method: _draw_explanations(results, method) for method in METHODS}
+FIGURES |= {method: partial(_draw_explanations, method=method) for method in METHODS}
 
 # %% ../../nbs/report/figures.ipynb #534902f8
 def save_figure(
@@ -153,7 +153,7 @@ def save_figures(
     folder, pictures = results.run.need_folder(), {}
     for name, draw in FIGURES.items():
         with suppress(InputError):  # the section that would show it reports the reason
-            pictures[name] = save_figure(folder, name, lambda draw=draw: draw(results))
+            pictures[name] = save_figure(folder, name, partial(draw, results))
     return pictures
 
 # %% ../../nbs/report/figures.ipynb #fa8e51c1

@@ -123,16 +123,14 @@ def _limit_losses(
 # %% ../../nbs/08_visualization.ipynb #07d1575d
 def _mark_suggestion(
     ax: "Axes",
-    result: "LRRangeTest",  # with a suggestion
-    curve: Sequence[np.ndarray],  # learning rates and losses of the line that the point lies on
+    suggestion: float,  # learning rate
+    lrs: np.ndarray,  # float (K,), of the curve that the point lies on
+    losses: np.ndarray,  # float (K,)
 ) -> None:
-    "Mark the suggestion by a vertical line and a point on a curve, and its range by an area."
-    ax.axvline(result.suggestion, color=COLORS["orange"], linestyle="--", linewidth=1.5, label="_suggestion")
-    height = np.interp(np.log(result.suggestion), np.log(curve[0]), curve[1])
-    if result.low is not None and result.high is not None:
-        ax.axvspan(result.low, result.high, color=COLORS["orange"], alpha=0.12, linewidth=0)
-    ax.plot([result.suggestion], [height], "o", color=COLORS["orange"], markersize=8,
-            label=f"suggestion {result.suggestion:.3g}")
+    "Mark a suggestion by a vertical line and a point on a curve."
+    ax.axvline(suggestion, color=COLORS["orange"], linestyle="--", linewidth=1.5, label="_suggestion")
+    height = np.interp(np.log(suggestion), np.log(lrs), losses)
+    ax.plot([suggestion], [height], "o", color=COLORS["orange"], markersize=8, label=f"suggestion {suggestion:.3g}")
 
 # %% ../../nbs/08_visualization.ipynb #49c87c99
 def _write_reason(ax: "Axes", result: "LRRangeTest") -> None:
@@ -158,7 +156,10 @@ def plot_lr_find(
     _limit_losses(ax, result.smoothed, [loss for _, loss in (*trials, *longer)])
     if result.suggestion is not None:
         smoothed = result.lrs[: len(result.smoothed)], result.smoothed
-        _mark_suggestion(ax, result, longer.T if len(longer) else trials.T if len(trials) else smoothed)
+        curve: Any = longer.T if len(longer) else trials.T if len(trials) else smoothed
+        _mark_suggestion(ax, result.suggestion, *curve)
+        if result.low is not None and result.high is not None:
+            ax.axvspan(result.low, result.high, color=COLORS["orange"], alpha=0.12, linewidth=0)
     if not result.trusted:
         _write_reason(ax, result)
     ax.set(xlabel="learning rate", ylabel="loss [nats]", title="LR range test")
@@ -211,7 +212,7 @@ def _draw_splits(
     factor: float,  # from the stored value to the axis
     form: str,  # of the last value, written beside the curve
 ) -> None:
-    "Draw one quantity of both splits over the epochs, as far as it was measured."
+    "Draw one quantity of both splits over the epochs; skip a split that was not measured."
     epochs, last = [float(row["epoch"]) for row in rows], rows[-1]
     for split, (label, color, marker) in SPLITS.items():
         values = [factor * float(row.get(f"{split}_{quantity}", np.nan)) for row in rows]
