@@ -37,7 +37,7 @@ setup(
     license=settings["license"],
     classifiers=["Intended Audience :: Education", "Programming Language :: Python :: 3", "Typing :: Typed"],
     packages=find_packages(include=["attn_cifar", "attn_cifar.*"]),
-    package_data={"attn_cifar": ["py.typed", "pretrained/*/*"]},
+    package_data={"attn_cifar": ["py.typed", "pretrained/*/*", "report/*.html", "report/*.css"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "app", "onnx", "docs", "bench")},

@@ -9,6 +9,7 @@ import time
 import urllib.parse
 import urllib.request
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,7 @@ from attn_cifar.cli import make_parser
 from attn_cifar.data import load_data
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model
-from attn_cifar.report import remake_command
-from attn_cifar.report import make_report
+from attn_cifar.report import SECTIONS, make_report, remake_command
 from attn_cifar.training import RECIPES, fit, load_run
 
 HOSTILE = "<script>alert(1)</script>"
@@ -92,6 +92,44 @@ def test_every_map_has_a_verdict(browser, run_folder):
         cells = browser.find_elements("css selector", f"[aria-labelledby={section}] tbody tr td:nth-child(2)")
         words = {cell.text for cell in cells}
         assert words and words <= {"believable", "unproven", "misleading", "indifferent", "empty"}, section
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.found, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, attribute: str, *tags: str) -> list[str]:
+        return [values[attribute] for tag, values in self.found if attribute in values and (not tags or tag in tags)]
+
+
+def test_report_has_every_section_and_loads_nothing(run_folder):
+    run, html = load_run(run_folder), (run_folder / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert {link.removeprefix("#") for link in page.all("href", "a")} == set(page.all("id"))
+    assert len(page.all("id")) == len(SECTIONS)
+    assert all(page.all("alt", "img")) and len(page.all("alt", "img")) == html.count("<img") > 90
+    assert all(address.startswith("data:image/") for address in page.all("src") + page.all("href", "link"))
+    assert not any(word in html for word in ("http:", "https:", "url(", "@import"))
+    assert "script" not in {tag for tag, _ in page.found}
+    assert f"{100 * run.evaluation.accuracy:.1f}\N{NO-BREAK SPACE}%" in page.text and f"{run.config['parameters']:,}" in page.text
+    assert not list(run_folder.rglob("*.tmp"))
+
+
+def test_a_report_made_again_is_the_same(run_folder):
+    data = load_data("shapes").subset(500, 200)
+    data = replace(data, class_names=(HOSTILE, *data.class_names[1:]))
+    before = (run_folder / "report.html").read_bytes()
+    assert make_report(run_folder, data).read_bytes() == before
 
 
 def test_report_can_be_walked_with_the_keyboard(browser, run_folder):
