@@ -40,7 +40,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 def package_files(folder: Path) -> set[str]:
     """Return the files of the package by their paths from the folder above it."""
-    kinds = {".py", ".typed", ".json", ".safetensors", ".csv", ".md"}
+    kinds = {".py", ".typed", ".json", ".safetensors", ".csv", ".md", ".html", ".css"}
     return {str(p.relative_to(folder)) for p in (folder / "attn_cifar").rglob("*") if p.suffix in kinds}
 
 
