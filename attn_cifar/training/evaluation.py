@@ -136,7 +136,7 @@ class Evaluation:
         except TypeError as error:
             raise InputError(f"{path} holds no evaluation") from error
 
-# %% ../../nbs/05_evaluation.ipynb #6e8ec9f2
+# %% ../../nbs/05_evaluation.ipynb #24de2bba
 def evaluate(
     model: nn.Module,
     data: ImageData | Iterable[tuple[Tensor, Tensor]],  # the test images of a data set, or batches (images, labels)
@@ -162,7 +162,7 @@ def evaluate(
     all_logits = _put_together(logits, data, size, processes) if processes.count > 1 else torch.cat(logits).cpu()
     return Evaluation(all_logits, torch.as_tensor(data.test_labels).long(), data.class_names)
 
-
+# %% ../../nbs/05_evaluation.ipynb #b02749f9
 def _run_batches(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
