@@ -338,6 +338,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                         'attn_cifar/lr_finder/trials.py'),
                                              'attn_cifar.lr_finder.trials._rise': ( 'lr_finder/trials.html#_rise',
                                                                                     'attn_cifar/lr_finder/trials.py'),
+                                             'attn_cifar.lr_finder.trials._search_length': ( 'lr_finder/trials.html#_search_length',
+                                                                                             'attn_cifar/lr_finder/trials.py'),
                                              'attn_cifar.lr_finder.trials.best_rate': ( 'lr_finder/trials.html#best_rate',
                                                                                         'attn_cifar/lr_finder/trials.py'),
                                              'attn_cifar.lr_finder.trials.look_closer': ( 'lr_finder/trials.html#look_closer',

@@ -190,7 +190,7 @@ def read_curve(
         return replace(result, reason=_describe_rise(rise, len(level) > 0 and level[-1] == end - 1))
     fall = head - float(smoothed[lowest])
     if fall < 6 * noise + 1e-3 * abs(head):
-        return replace(result, reason=f"the loss fell by only {max(fall, 0):.2g}, which may be noise: no learning rate stands out")
+        return replace(result, reason=f"the loss fell by only {max(fall, 0):.2g}, possibly noise: no learning rate stands out")
     minimum, part = float(lrs[lowest]), slice(first, lowest + 1)
     points = {"steep": steep(lrs[part], smoothed[part]), "valley": valley(lrs[first:end], smoothed[first:]),
               "slide": slide(lrs[first:end], smoothed[first:]), "minimum": minimum, "minimum/10": minimum / 10}

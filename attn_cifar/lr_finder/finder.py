@@ -175,7 +175,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 # %% ../../nbs/06_lr_finder.ipynb #7cd3bc6b
 def _own_transform(loader: Any) -> Any:
-    "Return the transform of a loader's data set if it has a state of its own, else None."
+    "Return the transform of a loader's data set if it has its own state, else None."
     dataset: Any = getattr(loader, "dataset", None)
     while not hasattr(dataset, "transform") and hasattr(dataset, "dataset"):  # a Subset, as random_split makes them
         dataset = dataset.dataset
@@ -266,8 +266,8 @@ def find_lr(
     Returns
     -------
     LRRangeTest
-        `suggestion` (the peak of a one-cycle schedule, or None and a `reason`), `low` and `high` (the range that is about as good),
-        `doubt` (why the suggestion may be wrong, or None), and the measured `lrs`, `losses` and `trials`.
+        `suggestion` (the peak of a one-cycle schedule, or None and a `reason`), `low` and `high` (the range that is about as
+        good), `doubt` (why the suggestion may be wrong, or None), and the measured `lrs`, `losses` and `trials`.
 
     Raises
     ------

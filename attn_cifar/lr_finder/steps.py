@@ -102,7 +102,7 @@ def endless(loader: Iterable) -> Iterator:
             count += 1
             yield batch
         if not count:
-            raise LoaderExhausted("the loader gives no batches, or no more: an iterator can be used only once, so pass the loader")
+            raise LoaderExhausted("the loader gives no batches, or no more: an iterator works only once, pass the loader")
         if count == 1:
             raise InputError("the loader has only one batch, which a sweep would memorize: choose a smaller batch_size")
 

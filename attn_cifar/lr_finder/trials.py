@@ -183,6 +183,14 @@ def _remember(trial: _Trial, steps: int) -> Callable[[float], tuple[float, float
     return cache(lambda lr: trial(lr, steps))
 
 
+def _search_length(result_at: Callable[[float], tuple[float, float]], start: float, level: float,
+                   plan: TrialPlan) -> TrialOutcome:
+    "Search for the best learning rate with trials of one length."
+    tried = try_rates(lambda lr: result_at(lr)[0], start, plan.most, plan.allowed)
+    best, loss = min(tried, key=itemgetter(1))
+    return TrialOutcome(tried, best, loss, result_at(best)[1], level)
+
+
 def search_lengths(trial: _Trial, start: float, level: float, plan: TrialPlan) -> TrialOutcome:
     "Search for the best learning rate, with longer trials while the short ones hardly learn."
     outcome: TrialOutcome | None = None
@@ -194,12 +202,10 @@ def search_lengths(trial: _Trial, start: float, level: float, plan: TrialPlan) -
             loss, error = result_at(start)
             if not loss < outcome.loss - 2.5 * error:
                 continue  # the longer trial learned nothing either
-        tried = try_rates(lambda lr, result_at=result_at: result_at(lr)[0], start, plan.most, plan.allowed)
-        best, loss = min(tried, key=itemgetter(1))
-        outcome = TrialOutcome(tried, best, loss, result_at(best)[1], level)
+        outcome = _search_length(result_at, start, level, plan)
         if outcome.enough:
             break
-        start = best if outcome.learned else start
+        start = outcome.best if outcome.learned else start
     assert outcome is not None  # the first length is always tried
     return outcome
 
@@ -248,7 +254,8 @@ def _nothing_learned(result: LRRangeTest, outcome: TrialOutcome, suggestion: flo
             return replace(result, trials=outcome.trials, doubt=doubt)
         highest = max(lr for lr, loss in outcome.trials if math.isfinite(loss))
         suggestion = max(allowed[0], min(usual, _rise(result) / 2, highest))
-    return replace(result, suggestion=suggestion, reason=None, trials=outcome.trials, doubt=doubt, low=None, high=None, points=points)
+    return replace(result, suggestion=suggestion, reason=None, trials=outcome.trials, doubt=doubt, low=None, high=None,
+                   points=points)
 
 # %% ../../nbs/lr_finder/trials.ipynb #72111d17
 def refine(
