@@ -128,7 +128,7 @@ class LRFinder:
         self.best_loss: float | None = None
         self.model_device = next(model.parameters()).device
         self.device = device or self.model_device
-        self._state = TrainingState(model, random=False, optimizer=optimizer)  # as torch-lr-finder, which does not restore random numbers
+        self._state = TrainingState(model, random=False, optimizer=optimizer)  # torch-lr-finder keeps no random numbers
         if memory_cache:
             self._first = self._state.capture()
         else:
