@@ -819,6 +819,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                     'attn_cifar/studies/results.py'),
                                             'attn_cifar.studies.results.ratios': ( 'studies/results.html#ratios',
                                                                                    'attn_cifar/studies/results.py'),
+                                            'attn_cifar.studies.results.seconds_of': ( 'studies/results.html#seconds_of',
+                                                                                       'attn_cifar/studies/results.py'),
                                             'attn_cifar.studies.results.summarize_run': ( 'studies/results.html#summarize_run',
                                                                                           'attn_cifar/studies/results.py'),
                                             'attn_cifar.studies.results.take_turns': ( 'studies/results.html#take_turns',

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['DEMO_EPOCHS', 'ROW', 'STUDIES', 'StudyResults', 'features_of', 'format_table', 'load_results', 'medians',
-           'participation_ratio', 'ratios', 'run_study', 'summarize_run', 'take_turns', 'timed', 'train_each',
-           'train_linear']
+           'participation_ratio', 'ratios', 'run_study', 'seconds_of', 'summarize_run', 'take_turns', 'timed',
+           'train_each', 'train_linear']
 
 # %% ../../nbs/studies/package.ipynb #0a75db0c
 from .demo import DEMO_EPOCHS
 from .registry import STUDIES, run_study
 from .reproduction import features_of, participation_ratio, train_linear
-from .results import (
-    ROW, StudyResults, format_table, load_results, medians, ratios, summarize_run, take_turns, timed, train_each)
+from attn_cifar.studies.results import (
+    ROW, StudyResults, format_table, load_results, medians, ratios, seconds_of, summarize_run, take_turns, timed,
+    train_each)
 
 # %% ../../nbs/studies/package.ipynb #f653c81c
 _all_ = [
     "DEMO_EPOCHS", "ROW", "STUDIES", "StudyResults", "features_of", "format_table", "load_results", "medians",
-    "participation_ratio", "ratios", "run_study", "summarize_run", "take_turns", "timed", "train_each", "train_linear"]
+    "participation_ratio", "ratios", "run_study", "seconds_of", "summarize_run", "take_turns", "timed", "train_each",
+    "train_linear"]

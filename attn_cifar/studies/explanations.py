@@ -10,6 +10,7 @@ __all__ = ['contrast_maps', 'judge_methods', 'judge_single', 'count_false_alarms
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..data.sources import load_data
 from ..explain.faithfulness import blurred, check_explanations
 from ..explain.maps import METHODS, Explanation, explain
 from ..models.registry import create_model, load_pretrained
-from .results import StudyResults, take_turns, timed
+from .results import StudyResults, seconds_of, take_turns
 from ..training.engine import BatchLoss, Engine, choose_engine, keep_memory
 from ..training.recipes import RECIPES, Recipe, make_optimizer
 
@@ -125,7 +126,7 @@ def measure_cost(
     for name, engine in engines.items():
         jobs[name] = _training(data.subset(count, len(data.class_names)), recipe, engine)
     with keep_memory():
-        seconds = take_turns({name: lambda job=job: timed(job)[0] for name, job in jobs.items()}, rounds)
+        seconds = take_turns({name: partial(seconds_of, job) for name, job in jobs.items()}, rounds)
     return [{"name": name, "images": count, "seconds": values, "threads": torch.get_num_threads(),
              "engine": asdict(engines.get(name, plain))} for name, values in seconds.items()]
 

@@ -29,7 +29,7 @@ from ..lr_finder.finder import find_lr
 from ..models.blocks import SimilarityAttention, record_attention
 from ..models.networks import BasicAttention, HybridAttention, SpatialAttention
 from ..models.registry import create_model
-from .results import ROW, StudyResults, summarize_run, take_turns, timed
+from .results import ROW, StudyResults, seconds_of, summarize_run, take_turns
 from ..training.engine import BatchLoss, choose_engine, keep_memory
 from ..training.evaluation import Evaluation, evaluate
 from ..training.loop import fit
@@ -149,7 +149,7 @@ def _training_steps(rung: Rung, data: ImageData, steps: int) -> Callable[[], flo
 
     def measure() -> float:
         prepared = [batch for _, batch in zip(range(steps), batches)]
-        return sum(len(labels) for _, labels in prepared) / timed(train, prepared)[0]
+        return sum(len(labels) for _, labels in prepared) / seconds_of(train, prepared)
 
     return measure
 

@@ -31,7 +31,7 @@ from ..data.images import ImageData
 from ..data.shapes import draw_shapes
 from ..data.sources import load_data
 from ..lr_finder.finder import find_lr
-from .results import StudyResults, ratios, take_turns, timed
+from .results import StudyResults, ratios, seconds_of, take_turns, timed
 from ..training.engine import autocast, choose_engine, keep_memory
 from ..training.loop import fit
 from ..training.recipes import OPTIMIZERS, Recipe, make_optimizer
@@ -496,7 +496,7 @@ def measure_sweep(
 
     def seconds(function: Callable[[nn.Module, Batches], None]) -> float:
         model, batches = setting.make(0).train(), Batches.train(data, recipe.batch_size, recipe.augmentation, 0)
-        return timed(function, model, batches)[0]
+        return seconds_of(function, model, batches)
 
     return ratios(take_turns({"sweep": partial(seconds, sweep), "plain": partial(seconds, plain)}, rounds), "sweep", "plain")
 

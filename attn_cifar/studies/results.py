@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROW', 'Result', 'load_results', 'StudyResults', 'summarize_run', 'train_each', 'format_table', 'take_turns', 'timed',
-           'medians', 'ratios']
+           'seconds_of', 'medians', 'ratios']
 
 # %% ../../nbs/studies/results.ipynb #be27ff70
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,13 +136,13 @@ Result = TypeVar("Result")
 
 
 def take_turns(
-    jobs: dict[str, Callable[[], Result]],
+    jobs: Mapping[str, Callable[[], Result]],
     rounds: int,  # that count, after one that does not
 ) -> dict[str, list[Result]]:
     "Call each function once per round, in alternating order; return what they return, by name, one value per round."
     values: dict[str, list[Result]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
-        for name in reversed(jobs) if turn % 2 else jobs:
+        for name in reversed(list(jobs)) if turn % 2 else jobs:
             value = jobs[name]()
             if turn:
                 values[name].append(value)
@@ -158,6 +158,11 @@ def timed(function: Callable[..., Result], *arguments: Any) -> tuple[float, Resu
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start, result
+
+
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
+    "Return the seconds that a call takes."
+    return timed(function, *arguments)[0]
 
 # %% ../../nbs/studies/results.ipynb #1b78149a
 def medians(values: dict[str, list[float]]) -> dict[str, float]:

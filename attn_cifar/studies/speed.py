@@ -38,7 +38,7 @@ from ..models.blocks import Ultimus
 from ..models.inspection import count_macs
 from ..models.registry import create_model
 from .peers import LOOPS, RECIPE, measure_loop
-from .results import StudyResults, medians, take_turns, timed
+from .results import StudyResults, medians, seconds_of, take_turns, timed
 from ..training.engine import BatchLoss, choose_engine, keep_memory
 from ..training.loop import fit
 from ..training.recipes import choose_recipe
@@ -54,12 +54,11 @@ def measure_machine(
     products: dict[str, Callable[[], float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, size, size, device=device).to(dtype)
-        products[f"gflops_{str(dtype).removeprefix('torch.')}"] = lambda a=a, b=b: timed(torch.matmul, a, b)[0]
+        products[f"gflops_{str(dtype).removeprefix('torch.')}"] = partial(seconds_of, torch.matmul, a, b)
     loops: dict[str, Callable[[], float]] = {}
     for batch_size in (64, 512):
         batches = Batches.train(data, batch_size, RECIPE.augmentation, device=device)
-        read_all = partial(deque, batches, maxlen=0)  # iterates and keeps nothing
-        loops[f"augmentation_seconds_{batch_size}"] = lambda read_all=read_all: timed(read_all)[0]
+        loops[f"augmentation_seconds_{batch_size}"] = partial(seconds_of, partial(deque, batches, maxlen=0))  # keeps nothing
     rates = {name: 2 * size**3 / seconds / 1e9 for name, seconds in medians(take_turns(products, repeats)).items()}
     with keep_memory():
         seconds = medians(take_turns(loops, repeats))
@@ -81,14 +80,17 @@ def measure_attention(
     "Measure a training step of `spatial_attn`, with attention as the formula and as PyTorch's fused function: images/s."
     engine = choose_engine(create_model("spatial_attn"), 0, data.train_images.shape[1])
     images, labels = next(iter(Batches.train(data, batch_size, RECIPE.augmentation, device=engine.device)))
+
+    def step(loss_of: BatchLoss) -> None:
+        loss_of.eager(images, labels)[0].backward()
+
     jobs = {}
     for name in ("formula", "fused"):
         model = create_model("spatial_attn", len(data.class_names)).to(engine.device).to(memory_format=torch.channels_last)
         if name == "fused":
             for block in model.get_submodule("blocks").children():
                 block.__class__ = _Fused
-        loss_of = BatchLoss(model, RECIPE, engine)
-        jobs[name] = lambda loss_of=loss_of: timed(lambda: loss_of.eager(images, labels)[0].backward())[0]
+        jobs[name] = partial(seconds_of, step, BatchLoss(model, RECIPE, engine))
     with keep_memory():
         seconds = medians(take_turns(jobs, repeats))
     return {f"{name}_images_per_second": len(labels) / value for name, value in seconds.items()}
@@ -100,6 +102,10 @@ def measure_compilation(
     repeats: int = 7,
 ) -> dict[str, Any]:
     "Measure a training step of each network, compiled and not: images/s."
+
+    def step(loss_of: BatchLoss, images: Tensor, labels: Tensor) -> None:
+        loss_of(images, labels)[0].backward()
+
     jobs = {}
     for name in ("basic_attn", "spatial_attn", "hybrid_attn"):
         for compile in (False, True):
@@ -108,11 +114,7 @@ def measure_compilation(
             model.to(engine.device).to(memory_format=torch.channels_last)
             images, labels = next(iter(Batches.train(data, batch_size, RECIPE.augmentation, device=engine.device)))
             loss_of = BatchLoss(model, choose_recipe(None, RECIPE, {"batch_size": batch_size}), engine)
-
-            def step(loss_of: BatchLoss = loss_of, images: Tensor = images, labels: Tensor = labels) -> None:
-                loss_of(images, labels)[0].backward()
-
-            jobs[f"{name}_{'compiled' if compile else 'eager'}"] = lambda step=step: timed(step)[0]
+            jobs[f"{name}_{'compiled' if compile else 'eager'}"] = partial(seconds_of, step, loss_of, images, labels)
     with keep_memory():
         seconds = medians(take_turns(jobs, repeats))
     return {f"{name}_images_per_second": batch_size / value for name, value in seconds.items()}
