@@ -436,16 +436,15 @@ def trial_losses(
     seed: int = 0,
 ) -> tuple[list[float], list[float | None]]:  # learning rates, and the final loss of each trial; None: NaN or infinite
     "Run the finder's trials at every second learning rate of the grid and one beyond it."
-    from attn_cifar.lr_finder.steps import _Measure
-    from attn_cifar.lr_finder.trials import _Test
+    from attn_cifar.lr_finder.steps import BatchCriterion, ShortRuns
+    from attn_cifar.lr_finder.trials import run_trial
 
     recipe, model = setting.recipe, setting.make(seed)
     engine = choose_engine(model, 0, data.train_images.shape[1], "cpu", _PRECISION, compile=False)
     optimizer, batches = make_optimizer(model, recipe), Batches.train(data, recipe.batch_size, recipe.augmentation, seed)
-    measure, scaler = _Measure(recipe, engine, None, None, False), torch.amp.GradScaler("cpu", enabled=False)
-    test = _Test(model, optimizer, nn.ParameterList(), batches, measure, scaler, accumulate=1)
+    runs = ShortRuns(model, optimizer, batches, BatchCriterion(recipe, engine))
     lrs = [*setting.grid[::2], float(f"{setting.grid[6] * 10 ** (2 / 3):.4g}")]
-    losses = [test.trial(lr, steps)[0] for lr in lrs]
+    losses = [run_trial(runs, lr, steps)[0] for lr in lrs]
     return lrs, [loss if math.isfinite(loss) else None for loss in losses]
 
 
@@ -455,9 +454,9 @@ def suggestion_of_trials(
     guessing: float = math.log(10),  # loss before anything is learned
 ) -> float | None:
     "Return the learning rate that the finder would suggest from these trials."
-    from attn_cifar.lr_finder.trials import _best_rate
+    from attn_cifar.lr_finder.trials import best_rate
 
-    return _best_rate([(lr, math.inf if loss is None else loss) for lr, loss in zip(lrs, losses, strict=True)], guessing)
+    return best_rate([(lr, math.inf if loss is None else loss) for lr, loss in zip(lrs, losses, strict=True)], guessing)
 
 # %% ../../nbs/studies/lr_finders.ipynb #128a70ce
 def _plain_steps(model: nn.Module, batches: Batches, recipe: Recipe, precision: str, steps: int) -> None:
