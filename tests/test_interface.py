@@ -80,7 +80,8 @@ def test_a_name_that_is_removed_is_noticed(monkeypatch):
     monkeypatch.setattr(data, "__all__", [name for name in data.__all__ if name != "load_data"])
     assert set(before) - set(interface()) == {"data: load_data"}
     monkeypatch.setattr(blocks, "__all__", [name for name in blocks.__all__ if name != "conv_block"])
-    assert {line.split("(")[0] for line in set(before) - set(interface())} == {"data: load_data", "models.blocks.conv_block"}
+    assert {line.split("(")[0] for line in set(before) - set(interface())} == {"data: load_data",
+                                                                              "models.blocks.conv_block"}
 
 
 # What README, CHANGELOG and the quickstart of 0.1.0 import, by module.
