@@ -91,7 +91,7 @@ def training_loss(
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
     return loss + recipe.l1_factor * l1_term(model) if recipe.l1_factor else loss
 
-# %% ../../nbs/training/engine.ipynb #d8ead590
+# %% ../../nbs/training/engine.ipynb #236db183
 class BatchLoss:
     "Loss and number of correct answers of a batch, compiled if the engine requires it."
 
@@ -104,7 +104,7 @@ class BatchLoss:
     ):
         self.model, self.recipe, self.engine, self.batch_size = model, recipe, engine, batch_size or recipe.batch_size
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports a missing GPU when compiling
-        mode = "reduce-overhead" if engine.device == "cuda" else None  # CUDA graphs: launching a kernel takes longer than running it
+        mode = "reduce-overhead" if engine.device == "cuda" else None  # CUDA graphs: launching kernels is the slow part
         self.compiled = torch.compile(self.eager, dynamic=False, mode=mode) if engine.compile else None
         self.checked = False
 
