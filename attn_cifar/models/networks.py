@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from ..core import InputError
 from .blocks import ChannelGate, DepthwiseBlock, SimilarityAttention, Ultimus, conv_block
 
-# %% ../../nbs/models/networks.ipynb #d6db73ff
+# %% ../../nbs/models/networks.ipynb #d61cd8d4
 class BasicAttention(nn.Module):
     "The upstream S9 network: attention over 8 channels of one pooled vector. Images (B, 3, H, W) to logits (B, classes)."
 
     def __init__(
         self,
         num_classes: int = 10,
-        tied: bool = False,  # one projection and one block, called four times: what upstream's code ran
-        residual: bool = False,  # add what a block finds to what it was given, and normalise that first
+        tied: bool = False,  # one projection and one block, called four times, as in upstream's code
+        residual: bool = False,  # a residual connection around each block, with normalization before it
     ):
         super().__init__()
         self.residual = residual
@@ -31,7 +31,7 @@ class BasicAttention(nn.Module):
         self.Gap1 = nn.AdaptiveAvgPool2d(1)
         self.Ultimus = Ultimus(tied=True) if tied else nn.Sequential(*(Ultimus() for _ in range(4)))
         self.calls = 4 if tied else 1
-        if not tied:  # nn.Linear's own start is too small to survive four blocks, see below
+        if not tied:  # with nn.Linear's default, the signal fades in four blocks without residual connections
             for layer in (layer for layer in self.Ultimus.modules() if isinstance(layer, nn.Linear)):
                 nn.init.xavier_uniform_(layer.weight)
         self.fc1 = nn.Linear(48, num_classes, bias=False)
@@ -42,9 +42,9 @@ class BasicAttention(nn.Module):
             features = features + block(F.layer_norm(features, (48,))) if self.residual else block(features)
         return self.fc1(features)
 
-# %% ../../nbs/models/networks.ipynb #54c07d5d
+# %% ../../nbs/models/networks.ipynb #eaae860e
 class SpatialAttention(nn.Module):
-    "The same convolutions and blocks with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
+    "Upstream's convolutions and blocks, with attention over 8×8 positions and residuals. Images (B, 3, H, W) to logits."
 
     def __init__(
         self,
@@ -65,7 +65,39 @@ class SpatialAttention(nn.Module):
             tokens = tokens + block(norm(tokens))
         return self.fc1(tokens.mean(1))
 
-# %% ../../nbs/models/networks.ipynb #2c630ff3
+# %% ../../nbs/models/networks.ipynb #d8511226
+def _stem(
+    width: int,  # channels of the 3×3 convolution
+    channels: int,  # channels of the output
+    activation: nn.Module,
+) -> nn.Sequential:
+    "Return a 3×3 convolution, a max-pool and a 1×1 convolution: (B, 3, H, W) to (B, channels, H/2, W/2)."
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), activation, nn.MaxPool2d(2),
+        nn.Conv2d(width, channels, 1, bias=False), nn.BatchNorm2d(channels), activation)
+
+# %% ../../nbs/models/networks.ipynb #dba3c1ca
+def _fine_stage(channels: int, wide: int, depth: int, gates: list[ChannelGate], activation: nn.Module) -> nn.Sequential:
+    "Return `depth` blocks, gates, and a max-pool: (B, channels, H, W) to (B, wide, H/2, W/2)."
+    stage = nn.Sequential(*(DepthwiseBlock(channels, activation) for _ in range(depth)), *gates, nn.MaxPool2d(2))
+    if wide != channels:
+        stage.extend([nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), activation])
+    return stage
+
+# %% ../../nbs/models/networks.ipynb #2af0982d
+def _coarse_stage(
+    channels: int,
+    depth: int,
+    attentions: list[SimilarityAttention],  # one for each of the first blocks
+    gates: list[ChannelGate],
+    activation: nn.Module,
+) -> nn.Sequential:
+    "Return `depth` blocks, gates, normalization and activation: (B, channels, H, W) to the same shape."
+    beside = [*attentions, *[None] * (depth - len(attentions))]
+    blocks = (DepthwiseBlock(channels, activation, attention) for attention in beside)
+    return nn.Sequential(*blocks, *gates, nn.BatchNorm2d(channels), activation)
+
+# %% ../../nbs/models/networks.ipynb #84819b65
 class HybridAttention(nn.Module):
     "Depthwise convolutions at 16×16 and 8×8, and attention at 8×8. Images (B, 3, H, W) to logits (B, classes)."
 
@@ -74,37 +106,33 @@ class HybridAttention(nn.Module):
         num_classes: int = 10,
         channels: int = 48,
         stem: int = 32,  # channels of the first convolution
-        depth: int | tuple[int, int] = 3,  # number of blocks at each resolution, or at 16×16 and at 8×8
+        depth: int | tuple[int, int] = 3,  # blocks at each resolution, or at 16×16 and at 8×8
         wide: int | None = None,  # channels at 8×8, None: as at 16×16
         attention: str | None = "projected",  # in a block of its own; "similarity": beside convolutions at 8×8; or None
         heads: int = 1,
-        head_dim: int = 16,  # numbers after projection, of all heads together
-        reach: int = 0,  # distance up to which the relative position counts, 0: not at all
-        beside: int = 2,  # number of blocks that have similarity attention
+        head_dim: int = 16,  # numbers per token after projection, all heads together
+        reach: int = 0,  # largest distance with its own relative-position score, 0: no such scores
+        beside: int = 2,  # number of blocks with similarity attention
         gate: bool = False,  # a channel gate after the blocks of each resolution
         activation: type[nn.Module] = nn.ReLU,
     ):
         super().__init__()
+        fine, coarse = depth if isinstance(depth, tuple) else (depth, depth)
         if attention not in ("projected", "similarity", None):
             raise InputError(f"attention must be projected, similarity or None, not {attention!r}")
-        fine, coarse = depth if isinstance(depth, tuple) else (depth, depth)
         if beside > coarse:
-            raise InputError(f"there are {coarse} blocks at 8×8, so attention cannot stand beside {beside}")
+            raise InputError(f"attention cannot stand beside {beside} blocks: there are {coarse} at 8×8")
         act, wide = activation(), wide or channels
-        self.stem = nn.Sequential(nn.Conv2d(3, stem, 3, padding=1, bias=False), nn.BatchNorm2d(stem), act, nn.MaxPool2d(2),
-                                  nn.Conv2d(stem, channels, 1, bias=False), nn.BatchNorm2d(channels), act)
+        self.stem = _stem(stem, channels, act)
         gates = [ChannelGate(channels), ChannelGate(wide)] if gate else []
-        self.fine = nn.Sequential(*(DepthwiseBlock(channels, act) for _ in range(fine)), *gates[:1], nn.MaxPool2d(2))
-        if wide != channels:
-            self.fine.extend([nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), act])
+        self.fine = _fine_stage(channels, wide, fine, gates[:1], act)
         self.norm = self.attention = None
         if attention == "projected":
             self.norm = nn.LayerNorm(wide, elementwise_affine=False)
             self.attention = Ultimus(wide, head_dim, heads=heads, reach=reach)
-            nn.init.zeros_(self.attention.out.weight)
-        similar = [SimilarityAttention(wide, heads, reach) for _ in range(beside if attention == "similarity" else 0)]
-        blocks = (DepthwiseBlock(wide, act, similar[i] if i < len(similar) else None) for i in range(coarse))
-        self.coarse = nn.Sequential(*blocks, *gates[1:], nn.BatchNorm2d(wide), act)
+            nn.init.zeros_(self.attention.out.weight)  # the attention block starts as the identity
+        attentions = [SimilarityAttention(wide, heads, reach) for _ in range(beside if attention == "similarity" else 0)]
+        self.coarse = _coarse_stage(wide, coarse, attentions, gates[1:], act)
         self.fc1 = nn.Linear(wide, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -115,40 +143,40 @@ class HybridAttention(nn.Module):
             features = tokens.transpose(1, 2).unflatten(2, features.shape[2:])
         return self.fc1(self.coarse(features).mean((2, 3)))
 
-# %% ../../nbs/models/networks.ipynb #8cb13f95
+# %% ../../nbs/models/networks.ipynb #dcd2edd6
 def whitening_filters() -> Tensor:  # (24, 3, 2, 2)
-    "Return filters that decorrelate 2×2 patches of normalised photographs, and their opposites."
+    "Return filters that decorrelate 2×2 patches of normalized photographs, and their negatives."
     colours = F.normalize(torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]]))  # light; red or blue; magenta or green
     places = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
     variances = torch.tensor([11.5, 0.42, 0.24, 0.049, 1.38, 0.0072, 0.0036, 0.00024, 0.12, 0.0019, 0.0012, 0.00014])
     filters = torch.einsum("ci,pj->cpij", colours, places).reshape(12, 3, 2, 2) / (variances + 5e-4).sqrt().view(-1, 1, 1, 1)
     return torch.cat([filters, -filters])
 
-# %% ../../nbs/models/networks.ipynb #958704f7
+# %% ../../nbs/models/networks.ipynb #2f6668f2
 class SpeedBlock(nn.Module):
-    "Convolution and pooling, then convolution and perhaps attention beside it: (B, channels, H, W) to (B, out, H/2, W/2)."
+    "Two convolutions, attention beside the second: (B, channels, H, W) to (B, out, H/2, W/2)."
 
     def __init__(
         self,
         channels: int,
-        out: int,  # channels it returns
-        attention: nn.Module | None = None,  # of `out` channels
+        out: int,  # channels of the output
+        attention: nn.Module | None = None,  # over `out` channels
     ):
         super().__init__()
         self.narrow = nn.Conv2d(channels, out, 3, padding=1, bias=False)
         self.around = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(out, momentum=0.4), nn.BatchNorm2d(out, momentum=0.4)  # there are few steps
+        self.norm1, self.norm2 = nn.BatchNorm2d(out, momentum=0.4), nn.BatchNorm2d(out, momentum=0.4)  # few steps in all
         self.attention, self.activation = attention, nn.GELU()
         for convolution in (self.narrow, self.around):
             with torch.no_grad():
-                nn.init.dirac_(convolution.weight[:convolution.in_channels])  # it passes on what comes
+                nn.init.dirac_(convolution.weight[:convolution.in_channels])  # these channels start as the identity
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.norm1(F.max_pool2d(self.narrow(x), 2)))
-        seen = self.around(x) if self.attention is None else self.around(x) + self.attention(x)
-        return self.activation(self.norm2(seen))
+        context = self.around(x) if self.attention is None else self.around(x) + self.attention(x)
+        return self.activation(self.norm2(context))
 
-# %% ../../nbs/models/networks.ipynb #3ee15521
+# %% ../../nbs/models/networks.ipynb #95b3d6f4
 class SpeedAttention(nn.Module):
     "Dense convolutions over whitened patches, attention beside them at 7×7 and 3×3. Images (B, 3, H, W) to logits (B, classes)."
 
@@ -158,7 +186,7 @@ class SpeedAttention(nn.Module):
         widths: tuple[int, int, int] = (64, 256, 256),  # channels of the three blocks
         attention: bool = True,
         heads: int = 4,
-        reach: int = 6,  # distance up to which the relative position counts
+        reach: int = 6,  # largest distance with its own relative-position score
         whiten: bool = True,  # False: a first layer that is learned
     ):
         super().__init__()
@@ -166,12 +194,12 @@ class SpeedAttention(nn.Module):
         nn.init.zeros_(self.whiten.get_parameter("bias"))
         if whiten:
             self.whiten.weight = nn.Parameter(whitening_filters(), requires_grad=False)
-        looking = [None, *(SimilarityAttention(width, heads, reach) if attention else None for width in widths[1:])]
+        attentions = [None, *(SimilarityAttention(width, heads, reach) if attention else None for width in widths[1:])]
         sizes = pairwise([24, *widths])
-        self.blocks = nn.Sequential(*(SpeedBlock(*both, seen) for both, seen in zip(sizes, looking, strict=True)))
+        self.blocks = nn.Sequential(*(SpeedBlock(*size, beside) for size, beside in zip(sizes, attentions, strict=True)))
         self.fc1 = nn.Linear(widths[-1], num_classes, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.blocks(F.gelu(self.whiten(images)))
-        largest = F.adaptive_max_pool2d(features, 1).flatten(1)  # the gradient of amax is NaN where bfloat16 is compiled
+        largest = F.adaptive_max_pool2d(features, 1).flatten(1)  # the gradient of amax is NaN in compiled bfloat16
         return self.fc1(largest) / 9
