@@ -99,7 +99,7 @@ NAMES_OF_0_1_0 = {
     "runs": "Evaluation Run describe_machine evaluate load_results load_run read_config refuse_other_run",
     "s9": "Alb_trans GRADCAM LRRangeFinder S9_CIFAR10_data_prep Ultimus basic_attn_model cifar10_plots counters "
           "create_tensorboard_writer ctr plot_onecyclelr_curve s9_run_main stats_collector test_losses train_losses",
-    "studies": "STUDIES run_study store_results summarize_run",
+    "studies": "STUDIES load_results run_study summarize_run",
     "training": "BatchLoss CHECKPOINT Engine Evaluation RECIPES Recipe Run autocast check_output choose_engine choose_recipe "
                 "evaluate fit keep_memory load_run make_optimizer make_scheduler",
     "visualization": "plot_confusion plot_explanations plot_history plot_images plot_lr_find plot_misclassified plot_network "
