@@ -143,6 +143,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                                    'attn_cifar/explain/faithfulness.py'),
                                                  'attn_cifar.explain.faithfulness.Faithfulness.verdict': ( 'explain/faithfulness.html#faithfulness.verdict',
                                                                                                            'attn_cifar/explain/faithfulness.py'),
+                                                 'attn_cifar.explain.faithfulness._judge': ( 'explain/faithfulness.html#_judge',
+                                                                                             'attn_cifar/explain/faithfulness.py'),
                                                  'attn_cifar.explain.faithfulness._moved': ( 'explain/faithfulness.html#_moved',
                                                                                              'attn_cifar/explain/faithfulness.py'),
                                                  'attn_cifar.explain.faithfulness._score_all': ( 'explain/faithfulness.html#_score_all',
