@@ -453,11 +453,11 @@ class LRRangeFinder:
         from attn_cifar.visualization.plots import plot_lr_find
 
         self.model.to(self.device)
-        loader = self.dataloader if len(self.dataloader) > 1 else 2 * list(self.dataloader)  # find_lr needs two batches, upstream one
+        loader = self.dataloader if len(self.dataloader) > 1 else 2 * list(self.dataloader)  # find_lr needs two batches
         found = find_lr(
             self.model, loader, optimizer=torch.optim.SGD(self.model.parameters(), self.start_lr),
             criterion=F.cross_entropy, start_lr=self.start_lr, end_lr=self.end_lr, precision="float32",
-            num_steps=max(self.epochs * len(self.dataloader), 10), trials=0, diverge=math.inf)  # find_lr needs 10 steps
+            num_steps=max(self.epochs * len(self.dataloader), 10), trials=0, diverge=math.inf)  # at least 10
         self.lr, self.loss = found.lrs.tolist(), found.smoothed.tolist()
         for step, lr in enumerate(self.lr, start=1):
             self.tb_writer.add_scalar("Range_Test", lr, step)

@@ -160,14 +160,15 @@ def check_explanations(
     model: nn.Module,  # returns logits (B, C); compiled, frozen or in training mode, it is not changed
     images: Tensor,  # the explained images, float (B, 3, H, W), normalized
     explanations: Sequence[Explanation],  # from `explain`
-    again: Callable[[nn.Module, Tensor, Tensor], Sequence[Explanation]] | None = None,  # model, images, targets; None: `explain`
+    again: Callable[[nn.Module, Tensor, Tensor], Sequence[Explanation]] | None = None,  # None: `explain`
     steps: int = 8,  # as in `score_maps`
     copies: int = 2,  # number of networks with shuffled weights
     seed: int = 0,
 ) -> list[Faithfulness]:
     """Test each explanation by deletion, insertion and shuffled weights. Raises `InputError`.
 
-    `again` explains a network with shuffled weights by the same methods; pass it to test maps that `explain` did not make. Example:
+    `again(model, images, targets)` explains a network with shuffled weights by the same methods: pass it to test maps that
+    `explain` did not make. Example:
 
         for check in check_explanations(model, images, explain(model, images)):
             print(check.method, check.layer, check.verdict)
@@ -178,13 +179,15 @@ def check_explanations(
     if any(not torch.equal(explanation.targets, targets) for explanation in explanations):
         raise InputError("the explanations are about different classes: check those of one class at a time")
     methods = list(dict.fromkeys(explanation.method for explanation in explanations))
-    layers = {method: [explanation.layer for explanation in explanations if explanation.method == method] for method in methods}
+    layers = {method: [explanation.layer for explanation in explanations if explanation.method == method]
+              for method in methods}
     again = again or (lambda network, x, classes: explain(network, x, classes, methods, layers))
     model, generator, checks = unwrap(model), torch.Generator().manual_seed(seed), []
     with undisturbed(model), torch.no_grad():
         pixels = prepare_images(model, images).detach()
         networks = (shuffled_weights(model, pixels, seed + i) for i in range(copies))
-        shuffled = [{(other.method, other.layer): other.maps for other in again(network, images, targets)} for network in networks]
+        shuffled = [{(other.method, other.layer): other.maps for other in again(network, images, targets)}
+                    for network in networks]
         for explanation in explanations:
             scores = _score_all(model, pixels, explanation, steps, generator)
             others = [maps[explanation.method, explanation.layer] for maps in shuffled]

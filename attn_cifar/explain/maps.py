@@ -224,7 +224,7 @@ def _choose_methods(
     methods: str | Sequence[str] | None,
     layers: str | Sequence[str] | Mapping[str, Sequence[str]] | None,
 ) -> dict[str, Sequence[str] | None]:
-    "Return the layers requested of each method, None if they are to be found."
+    "Return the layers requested of each method, None if not given."
     by_method = layers if isinstance(layers, Mapping) else {}
     for_all = [layers] if isinstance(layers, str) else None if isinstance(layers, Mapping) else layers
     defaults = METHODS[: 3 if for_all is None else 1]
@@ -268,7 +268,8 @@ def _available_layers(method: str, names: Sequence[str], model: nn.Module, watch
 
 # %% ../../nbs/07_explain.ipynb #63ee7f28
 _NEEDS = {"grad_cam": "pass layers=, names in model.named_modules() of layers whose output has places",
-          "attention": "it needs attention over positions, through torch.nn.functional.scaled_dot_product_attention; grad_cam may do"}
+          "attention": "it needs attention over positions, through torch.nn.functional.scaled_dot_product_attention; "
+                       "grad_cam may do"}
 
 
 def _plan(model: nn.Module, images: Tensor, requested: Mapping[str, Sequence[str] | None],

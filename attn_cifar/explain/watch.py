@@ -94,7 +94,7 @@ class Watched:
     "The record of a forward pass."
     outputs: dict[str, object] = field(default_factory=dict)  # of the layers in `keep`, in the order in which they ran
     attention: list[Attention] = field(default_factory=list)
-    maps: dict[str, tuple[int, int]] = field(default_factory=dict)  # output rows and columns of each module with convolutions, in order
+    maps: dict[str, tuple[int, int]] = field(default_factory=dict)  # output rows and columns of modules with convolutions
     closed: bool = False  # True: record no more; a backward pass with checkpointing repeats parts of the network
 
     def find_grid(
