@@ -72,7 +72,7 @@ def _read_entry(entry: Path) -> ImageData:
     "Map an entry. Raises `FileNotFoundError` for a missing one, `ValueError` among others for a damaged one."
     content: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in
                                json.loads((entry / "data.json").read_text(encoding="utf-8")).items()}
-    return ImageData(**content | {name: map_array(entry / f"{name}.npy") for name in _ARRAYS})
+    return ImageData(**content | {name: map_array(entry / f"{name}.npy") for name in _ARRAYS}).check()
 
 # %% ../../nbs/data/cache.ipynb #9ab850ed
 def cached(

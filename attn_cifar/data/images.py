@@ -7,7 +7,7 @@ __all__ = ['ImageData', 'normalize', 'unnormalize']
 
 # %% ../../nbs/01_data.ipynb #a1565aff
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -104,12 +104,27 @@ def _check_channels(values: Any, name: str, least: float) -> tuple[float, float,
     red, green, blue = numbers.tolist()
     return float(red), float(green), float(blue)
 
+# %% ../../nbs/01_data.ipynb #f61f2305
+def _checked(data: "ImageData") -> dict[str, Any]:
+    "Return the fields of a data set in their final types. Raises `InputError`."
+    names = _check_names(data.class_names)
+    fields: dict[str, Any] = {"class_names": names, "mean": _check_channels(data.mean, "mean", 0),
+                              "std": _check_channels(data.std, "std", 1e-6)}
+    for part in ("train", "test"):
+        images = _check_images(getattr(data, f"{part}_images"), f"{part}_images")
+        labels = _check_labels(getattr(data, f"{part}_labels"), f"{part}_labels", len(images), len(names))
+        fields |= {f"{part}_images": images, f"{part}_labels": labels}
+    if (train := fields["train_images"].shape[1:3]) != (test := fields["test_images"].shape[1:3]):
+        raise InputError(f"training images of {train[0]}×{train[1]} pixels, but test images of {test[0]}×{test[1]}")
+    return fields
+
 # %% ../../nbs/01_data.ipynb #1960ec17
 @dataclass(frozen=True)
 class ImageData:
     """A labeled image data set: training and test images, class names and normalization.
 
-    Made of your own arrays, it is checked: labels of any integer type become int64; anything else raises `InputError`.
+    Your own arrays are checked once: labels of any integer type become int64; anything else raises `InputError` in `check`, and
+    so in `split`, `subset` and `Batches`.
     """
     train_images: np.ndarray  # uint8 (N, H, W, 3)
     train_labels: np.ndarray  # int64 (N,)
@@ -120,20 +135,25 @@ class ImageData:
     std: tuple[float, ...]  # standard deviation of each channel, likewise
     name: str  # the source: "cifar10", "shapes", or the folder's name
 
+    _problem: str = field(default="", init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
-        names = _check_names(self.class_names)
-        checked: dict[str, Any] = {"class_names": names, "mean": _check_channels(self.mean, "mean", 0),
-                                   "std": _check_channels(self.std, "std", 1e-6)}
-        for part in ("train", "test"):
-            images = _check_images(getattr(self, f"{part}_images"), f"{part}_images")
-            labels = _check_labels(getattr(self, f"{part}_labels"), f"{part}_labels", len(images), len(names))
-            checked |= {f"{part}_images": images, f"{part}_labels": labels}
-        if (train := checked["train_images"].shape[1:3]) != (test := checked["test_images"].shape[1:3]):
-            raise InputError(f"training images of {train[0]}×{train[1]} pixels, but test images of {test[0]}×{test[1]}")
-        for field, value in checked.items():
-            object.__setattr__(self, field, value)
+        try:
+            changes: dict[str, Any] = _checked(self)
+        except InputError as error:
+            changes = {"_problem": str(error)}
+        for name, value in changes.items():
+            object.__setattr__(self, name, value)
+
+    def check(self) -> "ImageData":
+        "Return the same value. Raises `InputError` for arrays that are not of the form described above."
+        if self._problem:
+            raise InputError(self._problem)
+        return self
 
     def __repr__(self) -> str:
+        if self._problem:
+            return f"ImageData({self.name!r}: {self._problem})"
         height, width = self.train_images.shape[1:3]
         return (f"ImageData({self.name!r}: {len(self.train_labels):,} training and {len(self.test_labels):,} test images of "
                 f"{height}×{width} pixels, {len(self.class_names)} classes)")
@@ -144,6 +164,7 @@ class ImageData:
         seed: int = 0,  # of the choice
     ) -> "ImageData":
         "Hold out `valid` training images, the same share of each class, in place of the test images. Raises `InputError`."
+        self.check()
         if not 0 < valid < len(self.train_labels):
             raise InputError(f"valid must lie between 1 and {len(self.train_labels) - 1}, not {valid}")
         held_out = _stratified(self.train_labels, valid, seed)
@@ -159,6 +180,7 @@ class ImageData:
         seed: int = 0,  # of the choice
     ) -> "ImageData":
         "Keep a part, the same share of each class, for a quick look. Raises `InputError`."
+        self.check()
         if train < 1 or test < 1:
             raise InputError(f"a subset needs at least one training and one test image, not {train} and {test}")
         kept = _stratified(self.train_labels, min(train, len(self.train_labels)), seed)
