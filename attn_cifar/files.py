@@ -144,7 +144,7 @@ def _is_abandoned(entry: os.DirEntry) -> bool:
 
 # %% ../nbs/core/files.ipynb #a7f1e6c8
 def remove_leftovers(
-    folder: str | os.PathLike,  # may be missing
+    folder: Path,  # may be missing
 ) -> None:
     "Remove what killed processes left in a folder: their temporary files and folders, and unknown ones after a day."
     with suppress(OSError), os.scandir(folder) as entries:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("attn_cifar")
 
 # %% ../../nbs/data/folders.ipynb #94dfd4f5
-_SYSTEM = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db", "desktop.ini"}
+_SYSTEM = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+           "desktop.ini"}
 
 
 def _visible(folder: str) -> list[os.DirEntry]:
@@ -41,6 +42,14 @@ def _visible(folder: str) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM),
                       key=lambda entry: entry.name)
+
+
+def _is(kind: str, entry: os.DirEntry, links: bool = True) -> bool:
+    "Return whether an entry is a `folder` or a `file`; False for links in circles."
+    try:
+        return entry.is_dir(follow_symlinks=links) if kind == "folder" else entry.is_file(follow_symlinks=links)
+    except OSError:
+        return False
 
 # %% ../../nbs/data/folders.ipynb #31adcb26
 def _open_image(path: str | os.PathLike) -> "PIL.Image.Image":
@@ -62,7 +71,7 @@ def _quietly() -> Iterator[None]:
 def _is_image(entry: os.DirEntry) -> bool:
     "Return whether a file is an image of a known format: by its suffix, or by its content if it has none."
     suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix or not entry.is_file():
+    if suffix or not _is("file", entry):
         return suffix in IMAGE_SUFFIXES
     try:
         with _quietly(), _open_image(entry.path):
@@ -101,11 +110,11 @@ def _images_below(
     "List the images in a folder and the folders below it."
     paths = []
     for entry in _visible(folder):
-        if entry.is_dir(follow_symlinks=False):
+        if _is("folder", entry, links=False):
             paths += _images_below(entry.path, left_out)
-        elif entry.is_dir():
+        elif _is("folder", entry):
             left_out["links to folders"] += 1
-        elif not entry.is_file():
+        elif not _is("file", entry):
             left_out["links to nothing" if entry.is_symlink() else "that are no regular files"] += 1
         elif _is_image(entry):
             paths.append(entry.path)
@@ -132,11 +141,11 @@ def _class_folders(
     return classes
 
 # %% ../../nbs/data/folders.ipynb #759709ad
-_ROLES = {"train": "train", "training": "train", "trainset": "train", "trainingset": "train", "traindata": "train", "trn": "train",
-          "test": "test", "testing": "test", "testset": "test", "testingset": "test", "testdata": "test", "tst": "test",
-          "val": "val", "valid": "val", "validation": "val", "valset": "val", "validationset": "val", "dev": "val", "devset": "val",
-          "eval": "val", "evaluation": "val", "holdout": "val"}
-_NEUTRAL = {"set", "data", "dataset", "images", "image", "imgs", "img", "seg", "split", "folder", "dir", "sample", "samples", "the", ""}
+_WORDS = {"train": "train training trainset trainingset traindata trn",
+          "test": "test testing testset testingset testdata tst",
+          "val": "val valid validation valset validationset dev devset eval evaluation holdout"}
+_ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
+_NEUTRAL = {"", *"set data dataset images image imgs img seg split folder dir".split()}
 
 
 def _role(name: str) -> str | None:  # "train", "test", "val", or None for a class
@@ -147,13 +156,13 @@ def _role(name: str) -> str | None:  # "train", "test", "val", or None for a cla
 # %% ../../nbs/data/folders.ipynb #aa3ef3d8
 def _has_image(folder: str) -> bool:
     "Return whether there is an image in a folder or below it."
-    return any(_has_image(entry.path) if entry.is_dir(follow_symlinks=False) else entry.is_file() and _is_image(entry)
+    return any(_has_image(entry.path) if _is("folder", entry, links=False) else _is("file", entry) and _is_image(entry)
                for entry in _visible(folder))
 
 
 def _subfolders(folder: str) -> list[os.DirEntry]:
     "Return the folders in a folder that contain images, links to folders included."
-    return [entry for entry in _visible(folder) if entry.is_dir() and _has_image(entry.path)]
+    return [entry for entry in _visible(folder) if _is("folder", entry) and _has_image(entry.path)]
 
 
 def _unwrapped(folder: str, name: str) -> str:
@@ -163,31 +172,45 @@ def _unwrapped(folder: str, name: str) -> str:
     return _unwrapped(inside[0].path, inside[0].name) if same and _role(inside[0].name) in (None, _role(name)) else folder
 
 # %% ../../nbs/data/folders.ipynb #4efa0487
+def _only(role: str, folders: list[os.DirEntry]) -> os.DirEntry | None:
+    "Return the folder of a role that has class folders, or None. Raises `InputError` for several."
+    usable = [folder for folder in folders if _role(folder.name) == role and _subfolders(folder.path)]
+    if len(usable) > 1:
+        raise InputError(f"{usable[0].path} and {usable[1].name} beside it seem to be for the same ({role}): remove one, or "
+                         "rename it")
+    return usable[0] if usable else None
+
+
 def _find_parts(
     root: str,
-    folders: list[os.DirEntry],  # of `root`, those with images
+    folders: list[os.DirEntry],  # of `root`
 ) -> dict[str, os.DirEntry]:  # "train", "test" and "val", those that exist; empty if the folders are classes
     "Find the parts of a data set. Raises `InputError` for parts without class folders, or several of one kind."
-    named = [(role, entry) for entry in folders if (role := _role(entry.name))]
-    parts = {role: entry for role, entry in named if _subfolders(entry.path)}
-    roles = {role for role, _ in named}
-    if "train" in parts and (len(roles) > 1 or len(folders) == 1):
-        for role, entry in named:
-            if parts.get(role) is not entry:
-                raise InputError(f"{entry.path} and another folder beside it seem to be for the same ({role}), or it has no class "
-                                 "folders inside: expected train/<class>/*.jpg and test/<class>/*.jpg")
-        return parts
+    named = [folder for folder in folders if _role(folder.name)]
+    roles = {_role(folder.name) for folder in named}
+    parts = {role: folder for role in ("train", "test", "val") if (folder := _only(role, named))}
+    wanted = "expected train/<class>/*.jpg and test/<class>/*.jpg"
     if "train" in roles and len(roles) > 1:
-        raise InputError(f"{root} has images for training and testing, but {named[0][1].name} has no class folders: expected "
-                         "train/<class>/*.jpg and test/<class>/*.jpg")
-    if folders and len(named) == len(folders) and "train" not in roles and parts:
-        raise InputError(f"{root} has test images ({named[0][1].name}), but no folder of training images")
-    return {role: entry for role, entry in parts.items() if role != "train" and len(named) < len(folders)}
+        if "train" not in parts:
+            raise InputError(f"{root} has folders for training and testing, but no class folders in that for training: {wanted}")
+        if len(parts) == 1:
+            other = next(folder for folder in named if _role(folder.name) != "train")
+            raise InputError(f"{other.path} holds no images in class folders: {wanted}")
+        return parts
+    if "train" in parts and len(folders) == 1:
+        return parts
+    parts.pop("train", None)  # a class of this name
+    classes = {folder.name for folder in folders} - {folder.name for folder in named}
+    if parts and not classes:
+        raise InputError(f"{root} has images for testing, but no folder of training images: {wanted}")
+    if any(_role(folder.name) == "test" and folder not in parts.values() for folder in named) and len(classes) > 1:
+        raise InputError(f"{root} has class folders, and a folder for testing without class folders: {wanted}, or rename it")
+    return parts
 
 # %% ../../nbs/data/folders.ipynb #ca28f533
 def _test_files(test_root: str, train: dict[str, list[str]], listing: _Listing) -> dict[str, list[str]]:
     "List the files of a test folder. Raises `InputError` if it is empty or has unknown classes."
-    test = _class_folders([entry for entry in _visible(test_root) if entry.is_dir()], listing.left_out)
+    test = _class_folders([entry for entry in _visible(test_root) if _is("folder", entry)], listing.left_out)
     if not test:
         raise InputError(f"{test_root} holds no images in class folders")
     if unknown := sorted(set(test) - set(train)):
@@ -219,17 +242,17 @@ def _list_folder(root: Path) -> _Listing:
     "List the training and test files of each class. Raises `InputError` for a folder that is not a data set."
     _check_root(root)
     top = _unwrapped(str(root), root.resolve().name)
-    folders = [entry for entry in _visible(top) if entry.is_dir()]
-    parts = _find_parts(top, [entry for entry in folders if _has_image(entry.path)])
+    folders = [entry for entry in _visible(top) if _is("folder", entry)]
+    parts = _find_parts(top, folders)
     listing = _Listing({})
     if "train" in parts:
         others = [entry.name for entry in folders if entry.name not in {part.name for part in parts.values()}]
         top = _unwrapped(parts["train"].path, parts["train"].name)
-        folders = [entry for entry in _visible(top) if entry.is_dir()]
+        folders = [entry for entry in _visible(top) if _is("folder", entry)]
         listing.notes += [f"not used: {', '.join(others)}"] if others else []
     else:
         folders = [entry for entry in folders if entry.name not in {part.name for part in parts.values()}]
-    if loose := sum(entry.is_file() and _is_image(entry) for entry in _visible(top)):
+    if loose := sum(_is("file", entry) and _is_image(entry) for entry in _visible(top)):
         listing.left_out["images outside the class folders"] = loose
     listing.train = _list_classes(top, folders, listing.left_out)
     if test := parts.get("test", parts.get("val")):
@@ -245,6 +268,15 @@ def _is_test(path: str | os.PathLike) -> bool:
     path = Path(path)
     return int(hashlib.sha256(os.fsencode(f"{path.parent.name}/{path.name}")).hexdigest()[:8], 16) < 2**32 / 6
 
+# %% ../../nbs/data/folders.ipynb #48276a1c
+def _digest(path: str) -> bytes:
+    "Return a hash of a file's content."
+    digest = hashlib.blake2b()
+    with open_file(path, "rb", links=True) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
+
 # %% ../../nbs/data/folders.ipynb #6a227d60
 def _originals(paths: list[str]) -> dict[str, str]:
     "Map each path to the first one with the same bytes."
@@ -258,13 +290,6 @@ def _originals(paths: list[str]) -> dict[str, str]:
             key = size, _digest(path) if len(equal) > 1 else b""
             result[path] = first.setdefault(key, path)
     return result
-
-
-def _digest(path: str) -> bytes:
-    "Return a hash of a file's content."
-    with open_file(path, "rb", links=True) as file:
-        return hashlib.file_digest(file, "blake2b").digest() if hasattr(hashlib, "file_digest") else hashlib.blake2b(
-            file.read()).digest()
 
 # %% ../../nbs/data/folders.ipynb #c284dcad
 def _hold_out_test(root: Path, files: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -501,8 +526,8 @@ def _check_memory(files: int, size: int) -> None:
     "Raise `InputError` for images that do not fit into the memory."
     needed, free = files * size * size * 3, _available_memory()
     if free is not None and 1.1 * needed > free:
-        raise InputError(f"{files:,} images of {size}×{size} pixels need {needed / 1e9:.1f} GB, and {max(free, 0) / 1e9:.1f} GB of memory "
-                         "are free: choose a smaller image size, or use fewer images")
+        raise InputError(f"{files:,} images of {size}×{size} pixels need {needed / 1e9:.1f} GB of memory, and "
+                         f"{max(free, 0) / 1e9:.1f} GB are free: choose a smaller image size, or use fewer images")
 
 # %% ../../nbs/data/folders.ipynb #48a667d4
 def _read_folder(root: Path, listing: _Listing, size: int, skip_bad: bool) -> ImageData:

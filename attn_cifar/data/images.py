@@ -100,7 +100,8 @@ def _check_channels(values: Any, name: str, least: float) -> tuple[float, float,
     "Return three numbers of least .. 1. Raises `InputError`."
     numbers = _as_array(values, name)
     if numbers.shape != (3,) or numbers.dtype.kind not in "fiu" or not ((least <= numbers) & (numbers <= 1)).all():
-        raise InputError(f"{name} needs three numbers, one per channel, of pixels in 0..1{' and above 0' * (least > 0)}, not {values}")
+        raise InputError(f"{name} needs three numbers, one per channel, measured on pixels in 0..1"
+                         f"{', and above 0' * (least > 0)}; not {values}")
     red, green, blue = numbers.tolist()
     return float(red), float(green), float(blue)
 
