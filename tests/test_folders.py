@@ -1,6 +1,5 @@
 """Folders of images as people have them: names of parts, hidden files, formats, copies, memory."""
 
-import io
 import itertools
 import os
 import shutil
@@ -142,8 +141,9 @@ def test_hidden_folders_are_ignored_at_every_depth(tmp_path, hidden):
     assert (load_data(root).class_names, sum(counts(load_data(root)))) == (CLASSES, 12)
 
 
-FORMATS = {".jpg": "JPEG", ".JPEG": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".dib": "DIB",
-           ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM",
+FORMATS = {".jpg": "JPEG", ".JPEG": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP",
+           ".dib": "DIB", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM",
+           ".pnm": "PPM",
            "": "JPEG", ".avif": "AVIF", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".jpx": "JPEG2000"}
 
 
@@ -268,14 +268,18 @@ def bomb(path: Path, form: str, mode: str, side: int) -> None:
     image.save(path, form, **options)
 
 
-@pytest.mark.parametrize("form, mode, side", [("PNG", "I;16", 8000), ("PNG", "P", 8000), ("PNG", "RGBA", 8000), ("PNG", "LA", 8000),
-                                              ("TIFF", "I;16", 8000), ("GIF", "P", 8000), ("WEBP", "RGB", 5000), ("PNG", "1", 8000)])
-def test_decoding_is_bounded(tmp_path, form, mode, side):
+BOMBS = [("PNG", "I;16"), ("PNG", "RGBA"), *(pytest.param(*bomb, marks=pytest.mark.long) for bomb in (
+    ("PNG", "P"), ("PNG", "LA"), ("PNG", "1"), ("TIFF", "I;16"), ("GIF", "P"), ("WEBP", "RGB")))]
+
+
+@pytest.mark.parametrize("form, mode", BOMBS)
+def test_decoding_is_bounded(tmp_path, form, mode):
+    """25 million pixels in a small file: 16 bits needed 900 MB once."""
     path = tmp_path / f"bomb.{form.lower()}"
-    bomb(path, form, mode, side)
+    bomb(path, form, mode, 5000)
     assert path.stat().st_size < 1_200_000
     _, grown = peak_memory(tmp_path, f"read_image({str(path)!r})")
-    assert grown < 800e6, f"{grown / 1e6:.0f} MB"
+    assert grown < 25e6 * (18 if form == "WEBP" else 12), f"{grown / 1e6:.0f} MB"
 
 
 def test_strips_give_the_same_pixels(tmp_path, monkeypatch):
@@ -327,27 +331,31 @@ def test_listing_is_linear(tmp_path, monkeypatch):
 def arrays(height: int = 9, width: int = 14, count: int = 12) -> dict:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8), np.arange(count) % 3
-    return dict(train_images=images, train_labels=labels, test_images=images[:6], test_labels=labels[:6], class_names=("a", "b", "c"),
-                mean=(.5, .5, .5), std=(.25, .25, .25), name="mine")
+    return dict(train_images=images, train_labels=labels, test_images=images[:6], test_labels=labels[:6],
+                class_names=("a", "b", "c"), mean=(.5, .5, .5), std=(.25, .25, .25), name="mine")
 
 
 @pytest.mark.parametrize("labels", [np.int8, np.uint8, np.int32, np.uint64, lambda a: a[:, None], list, torch.tensor])
 def test_labels_of_any_integer_type(labels):
     content = arrays()
-    data = ImageData(**content | {"train_labels": labels(content["train_labels"].astype(np.int64)) if labels in (list, torch.tensor)
-                                  or not isinstance(labels, type) else content["train_labels"].astype(labels)}).check()
+    numpy_type = isinstance(labels, type) and issubclass(labels, np.generic)
+    changed = content["train_labels"].astype(labels) if numpy_type else labels(content["train_labels"])
+    data = ImageData(**content | {"train_labels": changed}).check()
     assert data.train_labels.dtype == np.int64 and (data.train_labels == content["train_labels"]).all()
 
 
 WRONG = {"from 1": dict(train_labels=np.arange(12) % 3 + 1), "negative": dict(train_labels=np.arange(12) % 3 - 1),
          "floats": dict(train_labels=np.zeros(12)), "too few": dict(train_labels=np.arange(11) % 3),
-         "one-hot": dict(train_labels=np.eye(3, dtype=int)[np.arange(12) % 3]), "0..1": dict(train_images=np.zeros((12, 9, 14, 3))),
-         "int64 pixels": dict(test_images=np.zeros((6, 9, 14, 3), int)), "gray": dict(train_images=np.zeros((12, 9, 14), np.uint8)),
+         "one-hot": dict(train_labels=np.eye(3, dtype=int)[np.arange(12) % 3]),
+         "0..1": dict(train_images=np.zeros((12, 9, 14, 3))),
+         "int64 pixels": dict(test_images=np.zeros((6, 9, 14, 3), int)),
+         "gray": dict(train_images=np.zeros((12, 9, 14), np.uint8)),
          "channels first": dict(train_images=np.zeros((12, 3, 9, 14), np.uint8)),
          "alpha": dict(train_images=np.zeros((12, 9, 14, 4), np.uint8)),
          "none": dict(train_images=np.zeros((0, 9, 14, 3), np.uint8), train_labels=np.zeros(0, int)),
          "no test": dict(test_images=np.zeros((0, 9, 14, 3), np.uint8), test_labels=np.zeros(0, int)),
-         "no pixels": dict(train_images=np.zeros((12, 0, 14, 3), np.uint8)), "other size": dict(test_images=np.zeros((6, 9, 9, 3), np.uint8)),
+         "no pixels": dict(train_images=np.zeros((12, 0, 14, 3), np.uint8)),
+         "other size": dict(test_images=np.zeros((6, 9, 9, 3), np.uint8)),
          "two means": dict(mean=(.5, .5)), "std 0": dict(std=(.2, 0, .2)), "std < 0": dict(std=(.2, -.1, .2)), "mean of bytes":
          dict(mean=(125., 122., 113.)), "nan": dict(std=(.2, float("nan"), .2)), "same names": dict(class_names=("a", "b", "a")),
          "one text": dict(class_names="abc"), "ragged": dict(train_labels=[[0], [1, 2]]), "None": dict(train_images=None)}
@@ -425,7 +433,8 @@ def test_links_pipes_and_sockets(tmp_path):
     (tmp_path / "run" / "figures").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "run" / "socket"))
-        for name, word in {"pipe": "named pipe", "link": "link", "socket": "socket", "figures": "link", "none": "no file"}.items():
+        kinds = {"pipe": "named pipe", "link": "link", "socket": "socket", "figures": "link", "none": "no file"}
+        for name, word in kinds.items():
             with pytest.raises(InputError, match=word):
                 regular_file(tmp_path / "run" / name)
     with pytest.raises(InputError, match="link"):
@@ -458,21 +467,19 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([young, ours])
 
 
-def test_no_home(tmp_path):
+def test_no_home(tmp_path, monkeypatch):
     """A user of a container who is in no list of users, and has no home."""
-    program = "import os; os.setuid(54321) if os.getuid() == 0 else None; from pathlib import Path\n" \
-        "Path.home = classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError('no home')))\n" \
-        "from attn_cifar.data import cache_folder; print(cache_folder())"
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "ATTN_CIFAR_CACHE", "XDG_CACHE_HOME")}
-    place = tmp_path / "temporary"
-    place.mkdir()
-    for folder in (place, *place.parents):
-        if folder.stat().st_uid == os.getuid() and len(folder.parts) > 2:
-            folder.chmod(0o777)
-    program = program.replace("os.setuid(54321) if os.getuid() == 0 else None; ", "")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**environment, "TMPDIR": str(place)})
-    assert done.returncode == 0 and Path(done.stdout.strip()).parent == place, done.stderr
-    assert Path(done.stdout.strip()).stat().st_mode & 0o777 == 0o700
+    from attn_cifar.data import cache_folder
+
+    for name in ("ATTN_CIFAR_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: Path("~nobody-at-all").expanduser()))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert cache_folder() == tmp_path / f"attn_cifar-{os.getuid()}" and cache_folder().stat().st_mode & 0o777 == 0o700
+    cache_folder().rmdir()
+    (tmp_path / f"attn_cifar-{os.getuid()}").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="ATTN_CIFAR_CACHE"):
+        cache_folder()
 
 
 def test_checked_bytes_are_the_loaded_ones(tmp_path, monkeypatch):
@@ -485,4 +492,4 @@ def test_checked_bytes_are_the_loaded_ones(tmp_path, monkeypatch):
     path = tmp_path / "archive"
     path.write_bytes(b"content")
     assert sources._read_checked(path, "9a0364b9e99bb480dd25e1f0284c8555") == b"content" and len(opened) == 1
-    assert isinstance(io.BytesIO(b""), io.BytesIO) and sources._read_checked(tmp_path / "none", "") is None
+    assert sources._read_checked(tmp_path / "none", "") is None
