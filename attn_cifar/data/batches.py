@@ -73,10 +73,15 @@ def _place(
     labels: np.ndarray | Tensor,  # int64 (N,)
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    "Move images and labels to the device, unless they would fill more than half of a GPU's free memory."
+    "Move images and labels to the device, unless they would fill more than half of a GPU's free memory. Raises `InputError`."
     with warnings.catch_warnings():  # read-only arrays: nothing is ever written to them
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         stored = torch.as_tensor(images), torch.as_tensor(labels)
+    if stored[0].dtype != torch.uint8 or stored[0].ndim != 4 or stored[0].shape[3] != 3 or not len(stored[0]):
+        raise InputError(f"images must be uint8 (N, H, W, 3), not {stored[0].dtype} {tuple(stored[0].shape)}")
+    if stored[1].shape != stored[0].shape[:1] or stored[1].is_floating_point():
+        raise InputError(f"labels must be {len(stored[0])} integers, not {stored[1].dtype} {tuple(stored[1].shape)}")
+    stored = stored[0], stored[1].long()
     if device.type == "cuda" and stored[0].nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
         return stored
     return stored[0].to(device), stored[1].to(device)
@@ -155,6 +160,7 @@ class Batches:
         *, rank: int = 0, count: int = 1,
     ) -> "Batches":
         "Serve the training images of an `ImageData`, or a share of them: shuffled and augmented."
+        data.check()
         return cls(data.train_images, data.train_labels, batch_size, mean=data.mean, std=data.std,
                    augmentation=augmentation, shuffle=True, seed=seed, device=device, rank=rank, count=count)
 
@@ -163,6 +169,7 @@ class Batches:
         cls, data: "ImageData", batch_size: int = 500, device: torch.device | str = "cpu", *, rank: int = 0, count: int = 1,
     ) -> "Batches":
         "Serve the test images of an `ImageData`, or a share of them, in order."
+        data.check()
         return cls(data.test_images, data.test_labels, batch_size, mean=data.mean, std=data.std, device=device, rank=rank,
                    count=count)
 
