@@ -6,7 +6,7 @@
 __all__ = ['unwrap', 'evaluation_mode', 'count_parameters', 'count_macs', 'l1_term']
 
 # %% ../../nbs/models/inspection.ipynb #fbf19cd3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,14 +44,15 @@ def count_parameters(model: nn.Module) -> int:
 # %% ../../nbs/models/inspection.ipynb #aa8d3fe7
 def count_macs(
     model: nn.Module,
-    image_size: int = 32,  # side in pixels
+    image_size: int | Sequence[int] = 32,  # side, or height and width, in pixels
 ) -> int:
     "Count the multiply-accumulates of one image's forward pass; the model's modes and statistics stay as they were."
     from torch.utils.flop_counter import FlopCounterMode
 
     like = next(model.parameters())
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     with evaluation_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype))
+        model(torch.zeros(1, 3, height, width, device=like.device, dtype=like.dtype))
     return counter.get_total_flops() // 2  # a multiply-accumulate is two operations
 
 # %% ../../nbs/models/inspection.ipynb #45903a0b
