@@ -114,8 +114,8 @@ def logits_of(
         raise InputError(f"no logits were found in the network's output, a {type(output).__name__}{names}: return a tensor, or "
                          "name it logits")
     if any(tensor.shape == tensors[0].shape for tensor in tensors[1:]):
-        raise InputError(f"the network's output contains {len(tensors)} tensors of shape {tuple(tensors[0].shape)}, and it is unclear "
-                         "which are the logits: return one tensor, or name it logits")
+        raise InputError(f"the network's output contains {len(tensors)} tensors of shape {tuple(tensors[0].shape)}, and it is "
+                         "unclear which are the logits: return one tensor, or name it logits")
     return tensors[0]
 
 # %% ../../nbs/training/engine.ipynb #e5c28920

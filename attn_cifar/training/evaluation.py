@@ -163,8 +163,8 @@ def evaluate(
 ) -> Evaluation:
     """Run the model once over the images, on its device and in evaluation mode.
 
-    Images are cast to the dtype of the weights. Autocast acts on float32 weights only, and float16 not on a CPU. The output may be of
-    any form that `logits_of` accepts. Raises `InputError` if there are no images or no logits.
+    Images are cast to the dtype of the weights. Autocast acts on float32 weights only, and float16 not on a CPU. The output may
+    be of any form that `logits_of` accepts. Raises `InputError` if there are no images or no logits.
     """
     model = unwrap(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -29,8 +29,8 @@ from .log import EpochTotals, RunLogger
 from .processes import ALONE, Processes, all_gradients, average_buffers, join_processes
 from .recipes import Recipe, choose_recipe, make_optimizer, make_scheduler
 from .runs import (
-    FolderLock, Run, as_json, check_identity, check_measurements, describe_run, open_run_folder, refuse_different_run, refuse_other_run,
-    run_identity, stored_file)
+    FolderLock, Run, as_json, check_identity, check_measurements, describe_run, open_run_folder, refuse_different_run,
+    refuse_other_run, run_identity, stored_file)
 from .state import TrainingState
 from .stopping import CheckpointPace, StopRequest, refuse_bad_evaluation, warn_standstill
 

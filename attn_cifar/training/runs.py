@@ -18,7 +18,7 @@ import platform
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ def stored_file(
     folder: str | os.PathLike,  # of a run
     name: str | os.PathLike,  # inside it
 ) -> Path | None:
-    "Return the path of a file in a run folder, None if it is missing. Raises `InputError` for a link out of it, a pipe or a folder."
+    "Return the path of a file in a run folder, None if it is missing. Raises `InputError` unless it is a regular file inside."
     path = Path(folder) / name
     try:
         if not os.path.lexists(path):
@@ -305,7 +305,8 @@ def open_run_folder(
     refuse_different_run(stored, config, f"{folder} holds another run", longer=True)
     then, now = stored["machine"]["threads"], config["machine"]["threads"]
     if then != now and stored["engine"]["device"] == "cpu":
-        _log.warning("the run began with %d thread%s and continues with %d: sums can round differently", then, "s" * (then > 1), now)
+        _log.warning("the run began with %d thread%s and continues with %d: sums can round differently", then,
+                     "s" * (then > 1), now)
     if (epochs := stored["recipe"]["epochs"]) < config["recipe"]["epochs"]:
         stored["recipe"]["epochs"] = config["recipe"]["epochs"]
         stored["continued"] = [*stored.get("continued", []), epochs]
@@ -329,68 +330,7 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
     except OSError as error:
         raise InputError(f"the run folder {folder} cannot be written ({error.strerror})") from error
 
-# %% ../../nbs/training/runs.ipynb #26429fa8
-class FolderLock:
-    "Lock file in a run folder, which names the process that trains there."
-
-    def __init__(self, folder: Path):
-        self.path, self.held = folder / ".lock", False
-        self.own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
-
-    def acquire(self) -> None:
-        "Take the lock, also from a process that has ended. Raises `InputError` if another process trains in the folder."
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for _ in range(3):
-                if self._create():
-                    return
-                self._remove_stale()
-        except OSError as error:
-            raise InputError(f"the run folder {self.path.parent} cannot be written ({error.strerror})") from error
-        raise InputError(f"another process begins to train in {self.path.parent}")
-
-    def _create(self) -> bool:
-        "Create the lock file; return False if it exists."
-        try:
-            file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        with os.fdopen(file, "w") as text:
-            text.write(json.dumps(self.own))
-        self.held = True
-        return True
-
-    def _remove_stale(self) -> None:
-        "Remove the lock of a process that has ended. Raises `InputError` if it lives."
-        try:
-            content, age = self.path.read_text(), time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return
-        if _holds(content, age):
-            raise InputError(f"another process trains in {self.path.parent} ({content}): choose another folder, or remove "
-                             f"{self.path} if that process has ended")
-        aside = self.path.with_name(f".lock.{os.getpid()}")
-        with suppress(FileNotFoundError):
-            os.rename(self.path, aside)  # succeeds in one process only
-            if aside.read_text() != content:  # a new one, made since
-                os.rename(aside, self.path)
-            else:
-                aside.unlink()
-
-    def renew(self) -> None:
-        "Show that the process is alive."
-        if self.held:
-            with suppress(OSError):
-                os.utime(self.path)
-
-    def release(self) -> None:
-        "Remove the lock file, if this process holds it."
-        if self.held:
-            self.held = False
-            with suppress(OSError):
-                self.path.unlink()
-
-
+# %% ../../nbs/training/runs.ipynb #f3adad9d
 def _start_time(pid: int) -> str:
     "Return when a process started, in the system's own unit; an empty text if it has ended or the system does not tell."
     try:
@@ -419,6 +359,78 @@ def _holds(content: str, age: float) -> bool:
         pass
     return True
 
+# %% ../../nbs/training/runs.ipynb #26429fa8
+class FolderLock:
+    "Lock file in a run folder, which names the process that trains there."
+
+    def __init__(self, folder: Path):
+        self.path, self.held = folder / ".lock", False
+        self.own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time(os.getpid())}
+
+    def acquire(self) -> None:
+        "Take the lock, also from a process that has ended. Raises `InputError` if another process trains in the folder."
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for _ in range(20):
+                if self._create() or self._take_over():
+                    self.held = True
+                    return
+                time.sleep(0.01)  # another process takes it over
+        except OSError as error:
+            raise InputError(f"the run folder {self.path.parent} cannot be written ({error.strerror})") from error
+        raise InputError(f"another process begins to train in {self.path.parent}")
+
+    def _create(self) -> bool:
+        "Create the lock file; return False if it exists."
+        with suppress(FileExistsError):
+            with os.fdopen(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
+                file.write(json.dumps(self.own))
+            return True
+        return False
+
+    def _take_over(self) -> bool:
+        "Replace the lock of a process that has ended. Raises `InputError` if it lives."
+        guard = self.path.with_name(".lock.guard")  # only its owner removes a lock that is not its own
+        self._refuse_living()
+        try:
+            os.close(os.open(guard, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                if time.time() - guard.stat().st_mtime > 10:  # its owner was killed
+                    guard.unlink()
+            return False
+        try:
+            self._refuse_living()
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+            return self._create()
+        finally:
+            guard.unlink()
+
+    def _refuse_living(self) -> None:
+        "Raise `InputError` if the process that holds the lock lives."
+        try:
+            content, age = self.path.read_text(errors="replace"), time.time() - self.path.stat().st_mtime
+        except FileNotFoundError:
+            return
+        if _holds(content, age):
+            raise InputError(f"another process trains in {self.path.parent} ({content[:200]}): choose another folder, or remove "
+                             f"{self.path} if that process has ended")
+
+    def renew(self) -> None:
+        "Show that the process is alive."
+        if self.held:
+            with suppress(OSError):
+                os.utime(self.path)
+
+    def release(self) -> None:
+        "Remove the lock file, if this process still holds it."
+        if self.held:
+            self.held = False
+            with suppress(OSError):
+                if self.path.read_text() == json.dumps(self.own):
+                    self.path.unlink()
+
 # %% ../../nbs/training/runs.ipynb #4109f3b6
 _EPOCH = "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr", "seconds"
 _STEPS = "lr", "momentum", "loss"
@@ -434,6 +446,8 @@ def check_measurements(history: Any, steps: Any, epochs: int) -> None:
         raise ValueError("an accuracy is not in 0..1")
     if any(row[name] < 0 for row in history for name in ("train_loss", "test_loss", "lr", "seconds")):
         raise ValueError("a loss, learning rate or time is negative")
+    if any(value < 0 for name in _STEPS for value in steps[name]):
+        raise ValueError("a step has a negative number")
     if len({len(steps[name]) for name in _STEPS}) != 1 or len(steps["loss"]) < len(history):
         raise ValueError("its steps are incomplete")
 

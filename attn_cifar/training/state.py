@@ -116,7 +116,8 @@ class _HeldInterrupt:
     "Context in which Ctrl-C waits, so that a state is not restored by half; it acts in the main thread only."
 
     def __init__(self) -> None:
-        self.received, self.before = False, None
+        self.received = False
+        self.before: Any = None
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None:
@@ -250,7 +251,8 @@ class TrainingState:
                     self.model.get_buffer(name).copy_(buffer)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             self.restore(before)
-            raise InputError(f"{path} does not fit this training run ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{path} does not fit this training run ({reason})") from error
         return stored["notes"]
 
 # %% ../../nbs/training/state.ipynb #e29c7b21
