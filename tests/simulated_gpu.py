@@ -1,12 +1,13 @@
 """A GPU that is not there: tensors stay on the CPU but report `cuda`, and what CUDA would refuse raises.
 
-`simulated_gpu()` rewrites devices in Python calls (`device=`, `.to`, `.cuda`, `.device`, `.numpy`, generators) and checks each aten
-operation, backward passes included. Devices are kept per storage, so that views and `.data = …` follow. Host-device
+`simulated_gpu()` rewrites devices in Python calls (`device=`, `.to`, `.cuda`, `.device`, `.numpy`, generators) and checks each
+aten operation, backward passes included. Devices are kept per storage, so that views and `.data = …` follow. Host-device
 synchronizations are counted. Compilation is the identity. What it cannot show: speed, memory, and the GPU's own rounding.
 """
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -101,7 +102,8 @@ class Functions(TorchFunctionMode):
         if tensor is not None and name in ("to", "cuda", "cpu"):
             return self.move(name, tensor, args[1:], kwargs)
         if tensor is not None and name in ("numpy", "__array__") and gpu.on_gpu(tensor):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
+                            "first.")
         if tensor is not None and name in ("pin_memory", "is_pinned"):
             return tensor if name == "pin_memory" else False
         if tensor is not None and name == "get_device":
@@ -140,7 +142,7 @@ class Functions(TorchFunctionMode):
                 raise RuntimeError(f"Expected a '{here.type}' device type for generator but found '{made_for.type}'")
 
     def move(self, name: str, tensor: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-        """Do what `.to`, `.cuda` and `.cpu` do: the same tensor where nothing changes, else a copy that reports the other device."""
+        """Do what `.to`, `.cuda` and `.cpu` do: the same tensor if nothing changes, else a copy that reports the other device."""
         gpu, here = self.gpu, self.gpu.devices.get(tensor) or CPU
         target, non_blocking = here, bool(kwargs.pop("non_blocking", False))
         if name != "to":
@@ -219,7 +221,8 @@ class Operations(TorchDispatchMode):
             if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in inputs[1:2]):
                 gpu.waits("a mask as index")
         elif packet not in ACROSS and any(device == CPU and tensor.dim() for tensor, device in zip(inputs, devices, strict=True)):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({packet})")
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                               f"({packet})")
         elif packet == aten.copy_ and devices[0] != devices[1] and not (len(args) > 2 and args[2]):
             gpu.waits("copy_ across devices")
         if packet in WAITING:
@@ -229,8 +232,8 @@ class Operations(TorchDispatchMode):
                 raise RuntimeError(f"{packet} does not have a deterministic implementation, but you set "
                                    "'torch.use_deterministic_algorithms(True)'")
             if packet in MATRIX_PRODUCTS and self.workspace() not in (":4096:8", ":16:8"):
-                raise RuntimeError("Deterministic behavior was enabled, but this operation is not deterministic because it uses CuBLAS: "
-                                   "set CUBLAS_WORKSPACE_CONFIG=:4096:8")
+                raise RuntimeError("Deterministic behavior was enabled, but this operation is not deterministic because it uses "
+                                   "CuBLAS: set CUBLAS_WORKSPACE_CONFIG=:4096:8")
         if packet in MATRIX_PRODUCTS:
             self.workspace()
 
@@ -261,6 +264,15 @@ def patches(gpu: SimulatedGPU) -> Iterator[Any]:
                 device_type, dtype = "cpu", dtype or torch.float16
             super().__init__(device_type, dtype, enabled, cache_enabled)
 
+    optimizers = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim hides its name
+    group = optimizers._group_tensors_by_device_and_dtype
+
+    def group_tensors(lists: Any, with_indices: bool = False) -> Any:
+        """Name the group's device as its tensors report it: optimizers move their scalars there."""
+        groups = group(lists, with_indices)
+        return {(GPU if gpu.on_gpu(pair[0][0][0]) else device, dtype): pair for (device, dtype), pair in groups.items()}
+
+    yield mock.patch.object(optimizers, "_group_tensors_by_device_and_dtype", group_tensors)
     free, total = 14 * 2**30, 15 * 2**30
     cuda = {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "synchronize": lambda *_: None,
             "get_device_name": lambda *_: "Simulated GPU", "get_device_capability": lambda *_: gpu.capability,

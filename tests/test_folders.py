@@ -1,4 +1,4 @@
-"""Run folders: every file is checked, each belongs to one run, one process at a time trains in it, and a finished run can go on."""
+"""Run folders: every file is checked, each belongs to one run, one process at a time trains there, a finished run can go on."""
 
 import csv
 import dataclasses
@@ -113,7 +113,8 @@ def test_every_table_is_checked(run, name, edit):
 
 
 @pytest.mark.parametrize(("name", "edit"), [
-    ("logits", lambda x: x * math.nan), ("logits", lambda x: x[:, :9]), ("logits", lambda x: x.double()), ("logits", lambda x: [1.0]),
+    ("logits", lambda x: x * math.nan), ("logits", lambda x: x[:, :9]), ("logits", lambda x: x.double()),
+    ("logits", lambda x: [1.0]),
     ("labels", lambda x: x + 9), ("labels", lambda x: x - 9), ("labels", lambda x: x[:-1]), ("labels", lambda x: x.float()),
     ("class_names", lambda x: x[::-1]), ("class_names", lambda x: list(x)), ("class_names", lambda x: 3), ("more", lambda _: 1)])
 def test_every_part_of_an_evaluation_is_checked(run, name, edit):
@@ -122,7 +123,8 @@ def test_every_part_of_an_evaluation_is_checked(run, name, edit):
     refusal(lambda: load_run(run))
 
 
-@pytest.mark.parametrize("edit", [lambda x: x * math.nan, lambda x: x.double(), lambda x: x[None], lambda x: 1.0, lambda x: None])
+@pytest.mark.parametrize("edit", [lambda x: x * math.nan, lambda x: x.double(), lambda x: x[None], lambda x: 1.0,
+                                  lambda x: None])
 def test_every_weight_is_checked(run, edit):
     tree = read_tensors(run / "model.safetensors")
     name = next(name for name, value in tree.items() if value.ndim > 1)

@@ -21,7 +21,8 @@ Scores = namedtuple("Scores", ["logits", "aux_logits"])
 FORMS = {  # what a network may return beside a tensor
     "tuple": lambda logits, features: (logits, features), "list": lambda logits, features: [logits],
     "dictionary": lambda logits, features: OrderedDict(features=features, logits=logits),
-    "only entry": lambda logits, features: {"scores": logits}, "named tuple": lambda logits, features: Scores(logits, logits.clone()),
+    "only entry": lambda logits, features: {"scores": logits},
+    "named tuple": lambda logits, features: Scores(logits, logits.clone()),
     "object": lambda logits, features: SimpleNamespace(loss=None, logits=logits)}
 
 
@@ -71,8 +72,8 @@ def test_any_form_of_output_trains_like_a_tensor(data, form, always):
 
 
 @pytest.mark.parametrize("form", [lambda logits, _: (logits, logits.clone()), lambda logits, _: {"a": logits, "b": logits},
-                                  lambda logits, features: (features, logits), lambda logits, _: None, lambda logits, _: logits[:, :1],
-                                  lambda logits, _: logits[None], lambda logits, _: "text"])
+                                  lambda logits, features: (features, logits), lambda logits, _: None,
+                                  lambda logits, _: logits[:, :1], lambda logits, _: logits[None], lambda logits, _: "text"])
 @pytest.mark.parametrize("always", [True, False])
 def test_unclear_outputs_are_refused_before_anything_is_written(data, tmp_path, form, always):
     with pytest.raises(InputError) as refused:
@@ -167,7 +168,8 @@ def test_the_graph_for_tensorboard_never_stops_a_run(data, tmp_path):
 def test_frozen_parts_stay_as_they_are(data, whole):
     """Also where the whole network comes in evaluation mode, as loaded ones do."""
     torch.manual_seed(0)
-    body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Dropout(), nn.AdaptiveAvgPool2d(4)).requires_grad_(False)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Dropout(), nn.AdaptiveAvgPool2d(4))
+    body.requires_grad_(False)
     model = nn.Sequential(body, nn.Flatten(), nn.Linear(128, 10), nn.Dropout())
     (model if whole else body).eval()
     before = copy.deepcopy(body.state_dict())
