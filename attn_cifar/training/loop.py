@@ -48,7 +48,7 @@ def check_output(model: nn.Module, data: ImageData) -> None:
 
 
 def _output_shape(model: nn.Module, data: ImageData, images: int, training: bool) -> tuple[int, ...]:
-    "Return the shape of the logits for a number of black images; the model stays as it was. Raises `InputError`."
+    "Return the shape of the logits for a number of black images; the model stays unchanged. Raises `InputError`."
     height, width = data.train_images.shape[1:3]
     like = next(model.parameters(), torch.zeros(()))
     batch = torch.zeros(images, 3, height, width, device=like.device, dtype=weights_dtype(model))
