@@ -7,6 +7,7 @@ synchronizations are counted. Compilation is the identity. What it cannot show: 
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -263,6 +264,15 @@ def patches(gpu: SimulatedGPU) -> Iterator[Any]:
                 device_type, dtype = "cpu", dtype or torch.float16
             super().__init__(device_type, dtype, enabled, cache_enabled)
 
+    optimizers = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim hides its name
+    group = optimizers._group_tensors_by_device_and_dtype
+
+    def group_tensors(lists: Any, with_indices: bool = False) -> Any:
+        """Name the group's device as its tensors report it: optimizers move their scalars there."""
+        groups = group(lists, with_indices)
+        return {(GPU if gpu.on_gpu(pair[0][0][0]) else device, dtype): pair for (device, dtype), pair in groups.items()}
+
+    yield mock.patch.object(optimizers, "_group_tensors_by_device_and_dtype", group_tensors)
     free, total = 14 * 2**30, 15 * 2**30
     cuda = {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "synchronize": lambda *_: None,
             "get_device_name": lambda *_: "Simulated GPU", "get_device_capability": lambda *_: gpu.capability,

@@ -6,7 +6,7 @@
 __all__ = ['count_parameters', 'evaluation_mode', 'count_macs', 'l1_term', 'unwrap']
 
 # %% ../../nbs/models/inspection.ipynb #fbf19cd3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,14 +36,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 # %% ../../nbs/models/inspection.ipynb #f9862a52
 def count_macs(
     model: nn.Module,
-    image_size: int = 32,  # side in pixels
+    image_size: int | Sequence[int] = 32,  # side, or height and width, in pixels
 ) -> int:
     "Count the multiply-accumulates of one image's forward pass; modes and statistics of the model stay unchanged."
     from torch.utils.flop_counter import FlopCounterMode
 
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     parameter = next(model.parameters())
     with evaluation_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype))
+        model(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
     return counter.get_total_flops() // 2  # a multiply-accumulate is two operations
 
 # %% ../../nbs/models/inspection.ipynb #45903a0b

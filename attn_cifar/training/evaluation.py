@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ..data.batches import Batches
 from ..data.images import ImageData
 from ..files import read_tensors, write_tensors
 from ..models.inspection import evaluation_mode, unwrap
-from .engine import autocast, keep_memory
+from .engine import autocast, keep_memory, logits_of, weights_dtype
 from .processes import ALONE, Processes
 
 # %% ../../nbs/05_evaluation.ipynb #ad6240b8
@@ -61,6 +62,19 @@ def expected_calibration_error(bins: Tensor) -> float:
     "Return the mean distance between confidence and share correct, weighted by images: 0..1 (Guo et al. 2017)."
     images, confidence, correct = bins.T
     return float((images * (confidence - correct).abs()).sum() / images.sum())
+
+# %% ../../nbs/05_evaluation.ipynb #1b04693f
+def _wrong_evaluation(logits: Any, labels: Any, class_names: Any) -> str:
+    "Say what is wrong with the parts of an evaluation; return an empty text if nothing is."
+    if not isinstance(class_names, tuple) or not class_names or not all(isinstance(name, str) for name in class_names):
+        return "its class_names are not texts"
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1 or not len(labels):
+        return "its labels are not whole numbers"
+    if not isinstance(logits, Tensor) or logits.dtype != torch.float32 or logits.shape != (len(labels), len(class_names)):
+        return f"its logits are not float32 numbers for {len(labels)} images and {len(class_names)} classes"
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        return f"its labels are not in 0..{len(class_names) - 1}"
+    return "" if logits.isfinite().all() else "its logits are not finite"
 
 # %% ../../nbs/05_evaluation.ipynb #04b5b81f
 @dataclass(frozen=True)
@@ -130,11 +144,13 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Evaluation":
-        "Read what `save` wrote. Raises `InputError`."
-        try:
-            return cls(**read_tensors(path))
-        except TypeError as error:
-            raise InputError(f"{path} holds no evaluation") from error
+        "Read what `save` wrote, and check its types, shapes and values. Raises `InputError`."
+        stored = read_tensors(path)
+        if not isinstance(stored, dict) or set(stored) != {"logits", "labels", "class_names"}:
+            raise InputError(f"{path} holds no evaluation")
+        if wrong := _wrong_evaluation(**stored):
+            raise InputError(f"{path} holds no evaluation: {wrong}")
+        return cls(**stored)
 
 # %% ../../nbs/05_evaluation.ipynb #24de2bba
 def evaluate(
@@ -145,7 +161,11 @@ def evaluate(
     class_names: tuple[str, ...] | None = None,  # for batches; None: numbers
     processes: Processes = ALONE,  # with the same model and data set: each runs its share of the test images
 ) -> Evaluation:
-    "Run the model once over the images, on its device and in evaluation mode. Raises `InputError` if there are no images."
+    """Run the model once over the images, on its device and in evaluation mode.
+
+    Images are cast to the dtype of the weights. Autocast acts on float32 weights only, and float16 not on a CPU. The output may
+    be of any form that `logits_of` accepts. Raises `InputError` if there are no images or no logits.
+    """
     model = unwrap(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if not isinstance(data, ImageData):
@@ -167,13 +187,25 @@ def _run_batches(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, precision: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     "Return the logits and labels of each batch that has images."
-    logits, labels = [], []
-    with evaluation_mode(model), torch.no_grad(), autocast(device, precision), keep_memory():
+    logits, labels, dtype = [], [], weights_dtype(model)
+    if precision == "float16" and device.type == "cpu":  # slow there, and less exact
+        precision = "float32"
+    with evaluation_mode(model), torch.no_grad(), autocast(device, precision, dtype), keep_memory():
         for x, y in batches:
             if len(y):  # a share of the last batch can be empty
-                logits.append(model(x.to(device)).float())
+                logits.append(_class_scores(model(x.to(device, dtype)), len(y)))
                 labels.append(y.to(device))
     return logits, labels
+
+
+def _class_scores(output: Any, images: int) -> Tensor:
+    "Return the logits of a batch in a network's output, float32 (images, C). Raises `InputError`."
+    logits = logits_of(output).float()
+    if images == 1 and logits.ndim == 1:  # squeezed by the network
+        logits = logits[None]
+    if logits.ndim != 2 or len(logits) != images:
+        raise InputError(f"the model turns {images} images into {tuple(logits.shape)}, not into one logit per class and image")
+    return logits
 
 
 def _put_together(logits: list[Tensor], data: ImageData, size: int, processes: Processes) -> Tensor:

@@ -7,20 +7,28 @@ __all__ = ['EpochTotals', 'RunLogger']
 
 # %% ../../nbs/training/log.ipynb #8acdab89
 import copy
+import io
+import logging
 import shutil
+import threading
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.images import ImageData, unnormalize
 from ..files import write_csv, write_tensors
+from .engine import logits_of, weights_dtype
 from .processes import Processes
 from .recipes import current_momentum
 from .runs import Run
+from .state import RandomState
 from .stopping import refuse_divergence
+
+_log = logging.getLogger("attn_cifar")
 
 # %% ../../nbs/training/log.ipynb #ed193954
 class EpochTotals:
@@ -74,6 +82,17 @@ class EpochTotals:
         self.correct.copy_(state["correct"] * first)
         self.sizes, self.steps, self.seconds = state["sizes"], state["steps"], state["seconds"]
 
+# %% ../../nbs/training/log.ipynb #babdc805
+class _GraphOnly(nn.Module):
+    "Network that returns only the logits, for the tracer."
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.model(images))
+
 # %% ../../nbs/training/log.ipynb #ef4c5a82
 class RunLogger:
     "TensorBoard, CSV, weight and evaluation files of a run, all derived from what the checkpoint contains."
@@ -84,13 +103,34 @@ class RunLogger:
         self.run, self.data, self.steps, self.epochs = run, data, 0, 0
         self.folder, self.model = run.need_folder(), run.need_model()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # a resumed run writes all its points again
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        self.writer.add_images("Train-Images", self._pictures(batches))
-        with warnings.catch_warnings():  # the tracer warns about shapes that are constant here
-            warnings.simplefilter("ignore")
-            model = copy.deepcopy(self.model).eval()  # tracing would touch the batch statistics
-            self.writer.add_graph(model, next(model.parameters()).new_zeros(1, 3, *data.train_images.shape[1:3]))
-        self._write_tables()
+        self.threads_report, threading.excepthook = threading.excepthook, self._report_thread
+        try:
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+            self.writer.add_images("Train-Images", self._pictures(batches))
+            self._add_graph()
+            self._write_tables()
+        except BaseException:
+            threading.excepthook = self.threads_report
+            raise
+
+    def _add_graph(self) -> None:
+        "Add the network's graph if it can be copied and traced: it is a picture, and never stops a run."
+        size, like = self.data.train_images.shape[1:3], next(self.model.parameters())
+        printed, random = io.StringIO(), RandomState().state_dict()
+        try:
+            with warnings.catch_warnings(), redirect_stdout(printed), redirect_stderr(printed):  # the tracer warns and prints
+                warnings.simplefilter("ignore")
+                model = _GraphOnly(copy.deepcopy(self.model).eval())  # tracing would touch the batch statistics
+                self.writer.add_graph(model, torch.zeros(1, 3, *size, device=like.device, dtype=weights_dtype(self.model)))
+        except Exception as error:  # of any kind, from the network or the tracer
+            _log.info("TensorBoard shows no graph of the network (%s)", str(error).splitlines()[:1])
+        finally:
+            RandomState().load_state_dict(random)
+
+    def _report_thread(self, failure: Any) -> None:
+        "Leave an error of TensorBoard's thread, such as a full disk, to the next call, which raises it here; report others."
+        if type(failure.thread).__module__.split(".")[0] != "tensorboard":
+            self.threads_report(failure)
 
     def _pictures(self, batches: Batches) -> Tensor:
         "Return 32 augmented training images of all classes for display, without moving the loader."
@@ -126,8 +166,11 @@ class RunLogger:
 
     def close(self) -> None:
         "Add misclassified images to TensorBoard, and close it."
-        if self.run.evaluation is not None and len(self.run.evaluation.misclassified):
-            wrong = self.run.evaluation.misclassified[:32]
-            self.writer.add_images("Test-Misclassified_Imgs", torch.as_tensor(self.data.test_images[wrong.numpy()]),
-                                   len(self.run.history), dataformats="NHWC")
-        self.writer.close()
+        try:
+            if self.run.evaluation is not None and len(self.run.evaluation.misclassified):
+                wrong = self.run.evaluation.misclassified[:32]
+                self.writer.add_images("Test-Misclassified_Imgs", torch.as_tensor(self.data.test_images[wrong.numpy()]),
+                                       len(self.run.history), dataformats="NHWC")
+            self.writer.close()
+        finally:
+            threading.excepthook = self.threads_report

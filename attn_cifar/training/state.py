@@ -9,8 +9,10 @@ __all__ = ['ModelState', 'RandomState', 'TrainingState']
 import copy
 import os
 import random
+import signal
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -90,8 +92,8 @@ class RandomState:
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
+        for place, value in enumerate(state["cuda"][:torch.cuda.device_count() if torch.cuda.is_available() else 0]):
+            torch.cuda.set_rng_state(value, place)
         for generator, value in zip(self.generators, state["loader"], strict=True):
             generator.set_state(value)
         for other, value in zip(self.others, state["others"], strict=True) if "others" in state else ():
@@ -108,6 +110,27 @@ def _state_of(generator: Any, state: Any = None) -> Any:
     if state is not None:
         getattr(generator, put)(state)
     return getattr(generator, get)()
+
+# %% ../../nbs/training/state.ipynb #0f60d7f9
+class _HeldInterrupt:
+    "Context in which Ctrl-C waits, so that a state is not restored by half; it acts in the main thread only."
+
+    def __init__(self) -> None:
+        self.received = False
+        self.before: Any = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None:
+            self.before = signal.signal(signal.SIGINT, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self.received = True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+        if self.received:
+            signal.raise_signal(signal.SIGINT)
 
 # %% ../../nbs/training/state.ipynb #5fb05bc5
 @contextmanager
@@ -169,8 +192,9 @@ class TrainingState:
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         "Restore a captured state; the snapshot stays unchanged and can be restored again."
-        for name, part in self.parts.items():
-            part.load_state_dict(copy.deepcopy(snapshot[name]))
+        with _HeldInterrupt():
+            for name, part in self.parts.items():
+                part.load_state_dict(copy.deepcopy(snapshot[name]))
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -180,7 +204,9 @@ class TrainingState:
         optimizers = [part for part in held if isinstance(part, torch.optim.Optimizer)]
         parameters = [parameter for part in held if isinstance(part, nn.Module) for parameter in part.parameters()]
         parameters += [parameter for part in optimizers for group in part.param_groups for parameter in group["params"]]
+        held_interrupt = _HeldInterrupt()
         with ExitStack() as stack:  # last in, first out, each even if another one fails
+            stack.push(held_interrupt)
             stack.enter_context(_preserved_gradients(list(dict.fromkeys(parameters))))
             for part in held:
                 if getattr(part, "_per_optimizer_states", None) is not None:
@@ -189,6 +215,7 @@ class TrainingState:
                 stack.callback(_keep_groups, optimizer, optimizer.param_groups)
             for name, part in reversed(self.parts.items()):
                 stack.callback(part.load_state_dict, snapshot[name])
+            stack.callback(held_interrupt.__enter__)  # until the stack is empty
             yield
 
     def save(
@@ -204,10 +231,16 @@ class TrainingState:
         if self.processes.rank == 0:
             write_tensors(path, {"state": state, "others": others, "notes": notes})
 
-    def load(self, path: str | os.PathLike) -> dict[str, Any]:
+    def load(
+        self,
+        path: str | os.PathLike,
+        check: Callable[[dict[str, Any]], None] | None = None,  # gets the notes first, and may raise `InputError`
+    ) -> dict[str, Any]:
         "Restore the state from a file; return the notes saved with it. Raises `InputError`, and then nothing has changed."
         stored = self.processes.from_first(lambda: read_tensors(path))
         _check_checkpoint(stored, path, set(self.parts), self.processes.count)
+        if check is not None:
+            check(stored["notes"])
         state, others = stored["state"], stored["others"]
         before = self.capture()
         try:
@@ -218,7 +251,8 @@ class TrainingState:
                     self.model.get_buffer(name).copy_(buffer)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             self.restore(before)
-            raise InputError(f"{path} does not fit this training run ({str(error).splitlines()[0]})") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{path} does not fit this training run ({reason})") from error
         return stored["notes"]
 
 # %% ../../nbs/training/state.ipynb #e29c7b21
