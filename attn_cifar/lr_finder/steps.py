@@ -64,7 +64,7 @@ def _needs_closure(error: Exception) -> bool:
     "Return True for an error of an optimizer's `step` that comes from the missing closure."
     words = str(error)
     return "closure" in words.lower() or isinstance(error, NotImplementedError) or (
-        isinstance(error, TypeError | AttributeError) and "NoneType" in words) or (isinstance(error, AssertionError) and not words)
+        isinstance(error, TypeError | AttributeError) and "NoneType" in words) or (isinstance(error, AssertionError) and ("None" in words or not words))
 
 
 def refuse_closure(optimizer: Any, reason: object = "it evaluates a batch several times per step") -> InputError:

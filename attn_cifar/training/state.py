@@ -143,13 +143,19 @@ def _place_of(tensor: Tensor) -> tuple[Any, ...]:
 @singledispatch
 def _undo(value: Any) -> Callable[[], None] | None:
     "Return a function that puts the present contents of an object back into it; None for an object without contents."
-    slots = [(slot, slot.__get__(value)) for slot in _slots(value) if hasattr(value, slot.__name__)]
+    slots = [(slot, slot.__get__(value) if hasattr(value, slot.__name__) else _EMPTY) for slot in _slots(value)]
 
     def undo() -> None:
         for slot, content in slots:
-            slot.__set__(value, content)
+            if content is not _EMPTY:
+                slot.__set__(value, content)
+            elif hasattr(value, slot.__name__):
+                slot.__delete__(value)
 
     return undo if slots else None
+
+
+_EMPTY = object()
 
 
 def _slots(value: Any) -> list[MemberDescriptorType]:
