@@ -73,16 +73,48 @@ def group_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     return rates if max(rates) else [float(group.get("initial_lr", 0)) for group in optimizer.param_groups]
 
 # %% ../../nbs/lr_finder/curve.ipynb #5bc57919
+def _number(value: Any, low: float = -math.inf) -> float:
+    "Check a number of a stored result. Raises `TypeError`, `ValueError`."
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"a number is needed, not {str(value)[:40]!r}")
+    if not low < float(value) < math.inf:
+        raise ValueError(f"{value} is not a {'positive ' * (low == 0)}finite number")
+    return float(value)
+
+
+def _curve(values: Any, low: float | None = None) -> np.ndarray:
+    "Check a list of numbers, which may be NaN or infinite unless `low` is given. Raises `TypeError`, `ValueError`."
+    if isinstance(values, dict | str):
+        raise TypeError("a list of numbers is needed")
+    for value in values:
+        if isinstance(value, list):
+            _curve(value, low)
+        elif low is not None or isinstance(value, bool) or not isinstance(value, int | float):
+            _number(value, -math.inf if low is None else low)
+    return np.array(values, dtype=float)
+
+
+def _trials(pairs: Any) -> list[tuple[float, float]]:
+    "Check learning rates and losses, of which the losses may be infinite. Raises `TypeError`, `ValueError`."
+    if isinstance(pairs, dict):
+        raise TypeError("a list of pairs is needed")
+    return [(_number(lr, 0), float(_curve([loss])[0])) for lr, loss in pairs]
+
+# %% ../../nbs/lr_finder/curve.ipynb #933b6e1c
 def _decode(content: dict[str, Any]) -> dict[str, Any]:
-    "Convert the fields of a stored result. Raises `KeyError`, `TypeError`, `ValueError`."
+    "Convert and check the fields of a stored result. Raises `KeyError`, `TypeError`, `ValueError`."
     content = {"longer": [], **content}
     for name in ("lrs", "losses", "smoothed", "band", "validation"):
-        content[name] = None if content.get(name) is None else np.array(content[name], dtype=float)
-    for name, kind in (("suggestion", float), ("low", float), ("high", float), ("reason", str), ("doubt", str)):
-        content[name] = None if content.get(name) is None else kind(content[name])
-    content["points"] = {str(name): float(value) for name, value in content["points"].items()}
+        optional = name in ("band", "validation") and content.get(name) is None
+        content[name] = None if optional else _curve(content[name], 0 if name == "lrs" else None)
+    for name in ("suggestion", "low", "high"):
+        content[name] = None if content.get(name) is None else _number(content[name], 0)
+    for name in ("reason", "doubt"):
+        if not isinstance(content.get(name), str | None):
+            raise TypeError(f"{name} is not a text")
+    content["points"] = {name: _number(value) for name, value in content["points"].items()}
     for name in ("trials", "longer"):
-        content[name] = [(float(lr), float(loss)) for lr, loss in content[name]]
+        content[name] = _trials(content[name])
     return content
 
 # %% ../../nbs/lr_finder/curve.ipynb #9cdef7be
@@ -140,12 +172,14 @@ class LRRangeTest:
         "Read what `save` wrote. Raises `InputError`."
         try:
             result = cls(**_decode(json.loads(Path(path).read_text(encoding="utf-8"))))
-            if not all(math.isfinite(value) for value in (result.suggestion or 0, result.low or 0, result.high or 0)):
-                raise ValueError("its suggestion is NaN or infinite")
-            if result.lrs.ndim != 1 or result.lrs.shape != result.losses.shape or len(result.smoothed) > len(result.lrs):
+            if (result.low or 0) > (result.high or math.inf):
+                raise ValueError("its range ends below its beginning")
+            size = result.lrs.shape
+            lengths = [size, *(None if curve is None else curve.shape[-1:] for curve in (result.losses, result.band, result.validation))]
+            if len(size) != 1 or set(lengths) - {size, None} or result.smoothed.ndim != 1 or len(result.smoothed) > size[0]:
                 raise ValueError("the lengths of its curves differ")
         except (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            raise InputError(f"{path} holds no LR range test ({error})") from error
+            raise InputError(f"{path} holds no LR range test ({str(error).partition(chr(10))[0]})") from error
         return result
 
 # %% ../../nbs/lr_finder/curve.ipynb #b535425f

@@ -7,6 +7,7 @@ __all__ = ['sweep_rates', 'DivergenceMonitor', 'Sweep', 'validation_loss', 'run_
            'fit_with_suggestion']
 
 # %% ../../nbs/06_lr_finder.ipynb #07e8c6ab
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -22,15 +23,15 @@ from ..core import InputError
 from ..data.batches import Batches
 from ..data.images import ImageData
 from .curve import LRRangeTest, read_curve
-from .steps import BatchCriterion, ShortRuns, parameters_outside
+from .steps import BatchCriterion, ShortRuns, refuse_closure, weight_dtype, without_functions
 from .trials import DEFAULT_BUDGET, TrialPlan, plan_trials, try_learning_rates
 from ..models.inspection import evaluation_mode, unwrap
-from ..training.engine import choose_engine, keep_memory
+from ..training.engine import Engine, choose_engine, keep_memory
 from ..training.loop import check_output, fit
 from ..training.processes import join_processes
 from ..training.recipes import Recipe, choose_recipe, make_optimizer
 from ..training.runs import Run, refuse_other_run
-from ..training.state import ModelState, RandomState, TrainingState
+from ..training.state import load_optimizer, preserved
 
 # %% ../../nbs/06_lr_finder.ipynb #bf29ed65
 def sweep_rates(
@@ -91,9 +92,11 @@ def validation_loss(runs: ShortRuns, valid: Iterable) -> float:
     "Return the mean loss over validation batches, in evaluation mode. Raises `InputError` for no batches."
     counts = runs.criterion.counts  # of training labels only
     try:
+        runs.set_mode(False)
         with evaluation_mode(runs.model), torch.no_grad():
             losses = [runs.criterion(runs.model, batch).item() for batch in valid]
     finally:
+        runs.set_mode(True)
         runs.criterion.counts = counts
     if not losses:
         raise InputError("valid gives no batches: an iterator can be used only once, pass a loader")
@@ -165,32 +168,68 @@ def _check_metric(metric: str, schedule: str, step: Callable | None, valid: Iter
     if metric not in ("loss", "accuracy") or schedule not in ("exponential", "linear"):
         raise InputError(f"metric must be loss or accuracy and schedule exponential or linear, not {metric!r} and {schedule!r}")
 
+# %% ../../nbs/06_lr_finder.ipynb #dcb0a8d1
+def _check_changes(changes: dict[str, Any], data: Any, optimizer: Any, own_loss: bool) -> None:
+    "Check that every changed field of the recipe has an effect. Raises `InputError`."
+    names = {field.name for field in fields(Recipe)}
+    unused = {name: "in a range test" for name in ("epochs", "max_lr", "pct_start", "div_factor", "final_div_factor")}
+    if not isinstance(data, ImageData):
+        unused |= {name: "beside a loader" for name in ("batch_size", "augmentation")}
+    if optimizer is not None and not isinstance(optimizer, str):
+        unused["weight_decay"] = "beside your own optimizer"
+    if own_loss:
+        unused |= {name: "beside your own loss" for name in ("l1_factor", "label_smoothing")}
+    for name in changes:
+        if name not in names:
+            raise InputError(f"find_lr has no option {name!r}, and a recipe has no such field")
+        if name in unused:
+            raise InputError(f"{name} has no effect {unused[name]}: leave it out")
+
+
+def _make_optimizer(model: nn.Module, recipe: Recipe, optimizer: Any) -> Any:
+    "Return the user's optimizer, one of the user's class, or the recipe's. Raises `InputError`."
+    if optimizer is None or isinstance(optimizer, str):
+        return make_optimizer(model, recipe)
+    if not hasattr(optimizer, "param_groups") and callable(optimizer) and not isinstance(optimizer, nn.Module):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        try:
+            optimizer = optimizer(parameters)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"no optimizer can be made from the parameters alone ({str(error).splitlines()[0]})") from error
+    if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
+        raise InputError(f"optimizer must be an optimizer or its class, not a {type(optimizer).__name__}: the order is model, data, "
+                         "optimizer, criterion")
+    return optimizer
+
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     "Check that the optimizer can be swept. Raises `InputError`."
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise InputError("LBFGS evaluates a batch several times per step, which a range test cannot follow")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise refuse_closure(optimizer)
     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         raise InputError("the optimizer has no trainable parameters")
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise InputError("the optimizer has a parameter group without a learning rate, so there is nothing to sweep")
 
 # %% ../../nbs/06_lr_finder.ipynb #7cd3bc6b
-def _own_transform(loader: Any) -> Any:
-    "Return the transform of a loader's data set if it has its own state, else None."
-    dataset: Any = getattr(loader, "dataset", None)
-    while not hasattr(dataset, "transform") and hasattr(dataset, "dataset"):  # a Subset, as random_split makes them
-        dataset = dataset.dataset
-    transform = getattr(dataset, "transform", None)
-    return transform if hasattr(transform, "load_state_dict") else None
+def _choose_engine(model: nn.Module, device: str | None, precision: str | None) -> Engine:
+    "Choose device and precision; weights of another precision than float32 need no autocast. Raises `InputError`."
+    dtype = weight_dtype(model)
+    if dtype is not None:
+        own = str(dtype).removeprefix("torch.")
+        if precision not in (None, "float32", own):
+            raise InputError(f"the model's weights are {own}, which precision {precision} does not change: convert the model")
+        precision = "float32"
+    return choose_engine(model, 0, 32, device, precision, compile=False)
 
 
-def _state_to_restore(model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                      criterion: Any, valid: Any) -> TrainingState:
-    "Return the state of everything that sweep and trials change."
-    return TrainingState(
-        model, loader, optimizer=optimizer, scaler=scaler, outside=parameters_outside(model, optimizer),
-        criterion=ModelState(criterion) if isinstance(criterion, nn.Module) else None,
-        valid=valid if hasattr(valid, "state_dict") else None, transform=_own_transform(loader),
-        valid_random=None if valid is None else RandomState(valid))
+def _move(model: nn.Module, optimizer: Any, device: str) -> None:
+    "Move a model to a device, and the state of its optimizer after it."
+    if any(p.device.type != torch.device(device).type for p in model.parameters()):
+        model.to(device)
+        if optimizer is not None and hasattr(optimizer, "load_state_dict") and optimizer.state_dict().get("state"):
+            load_optimizer(optimizer, optimizer.state_dict())
 
 # %% ../../nbs/06_lr_finder.ipynb #33a14f29
 def _count_steps(loader: Any, accumulate: int) -> int:
@@ -213,9 +252,9 @@ def _search(runs: ShortRuns, sweep: Sweep, plan: TrialPlan) -> LRRangeTest:
 def find_lr(
     model: nn.Module,
     data: ImageData | Iterable,
+    optimizer: torch.optim.Optimizer | Callable[..., torch.optim.Optimizer] | str | None = None,
+    criterion: Callable[[Any, Any], Tensor] | None = None,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
-    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
     step: Callable[[nn.Module, Any], Tensor] | None = None,
     recipe: Recipe | str | None = None,
     valid: Iterable | None = None,
@@ -242,7 +281,8 @@ def find_lr(
     ----------
     model : the network, with the weights to start from
     data : a data set, or any loader of batches: pairs, tuples, or dictionaries with labels
-    optimizer : default: the recipe's; the ratios between its parameter groups are kept
+    optimizer : an optimizer, whose parameter groups keep their ratios; or a class such as torch.optim.SGD, or "sgd" as in a recipe;
+        default: the recipe's
     criterion : (output, labels) -> loss; default: the recipe's cross-entropy
     step : (model, batch) -> loss, for batches of any other form
     recipe : as in `fit`: batch size, augmentation, optimizer, L1 term
@@ -261,7 +301,7 @@ def find_lr(
     seed : of order and augmentation, if `data` is a data set
     device : as in `fit`, "cpu" or "cuda"; default: the optimizer's, else a GPU if available
     precision : as in `fit`, "float32", "bfloat16" or "float16"; default: the fastest
-    **changes : fields of the recipe to change, as in `fit`: batch_size=…
+    **changes : fields of the recipe to change, as in `fit`: batch_size=…; a field that would have no effect is an error
 
     Returns
     -------
@@ -269,28 +309,41 @@ def find_lr(
         `suggestion` (the peak of a one-cycle schedule, or None and a `reason`), `low` and `high` (the range that is about as
         good), `doubt` (why the suggestion may be wrong, or None), and the measured `lrs`, `losses` and `trials`.
 
+    The suggestion is the peak of a one-cycle schedule. For a constant rate, or a cosine that begins at its highest rate, start with a
+    third to a tenth of it: a rule of thumb, not a measurement.
+
+    Restored: model, optimizer (the same dictionaries and tensors), loss, loaders, hooks, random generators, also attributes that are no
+    buffers. Not restored: an iterator's position, files, and what functions store elsewhere.
+
     Raises
     ------
     InputError
-        for invalid options, batches, losses or optimizers. The model is restored then, too.
+        for invalid options, batches, losses or optimizers, such as LBFGS and SAM, which need a closure. Everything is restored then, too.
 
     Example
     -------
-    >>> result = find_lr(model, train_loader, optimizer=optimizer, criterion=nn.CrossEntropyLoss())
+    >>> result = find_lr(model, train_loader, optimizer, nn.CrossEntropyLoss())
     >>> scheduler = result.one_cycle(optimizer, epochs, steps_per_epoch=len(train_loader))
     """
     least = {"num_steps": (num_steps, 10), "trials": (trials, 0), "repeats": (repeats, 1), "accumulate": (accumulate, 1)}
     _check_options(start_lr, end_lr, budget, beta, diverge, least)
     _check_metric(metric, schedule, step, valid)
+    _check_changes(changes, data, optimizer, criterion is not None or step is not None)
+    if isinstance(optimizer, str):
+        changes["optimizer"] = optimizer
     model, recipe = unwrap(model), choose_recipe(model, recipe, changes)
     if isinstance(data, ImageData):
         check_output(model, data)
-    home = next((p.device for p in model.parameters()), torch.device("cpu"))
-    engine = choose_engine(model, 0, 32, device or (None if optimizer is None else home.type), precision, compile=False)
-    try:
-        model.to(engine.device)
-        optimizer = optimizer or make_optimizer(model, recipe)
-        _check_optimizer(optimizer)
+    given = optimizer if hasattr(optimizer, "param_groups") else None
+    home = next((p.device.type for p in model.parameters()), "cpu")
+    engine = _choose_engine(model, device or (home if given is not None else None), precision)
+    if engine.device == "cuda":
+        torch.cuda.init()  # so that its random generators are restored
+    objects = [model, given, scaler, *without_functions(criterion, step)]
+    with preserved(*objects, loaders=[data, valid]), keep_memory(), torch.enable_grad():
+        _move(model, given, engine.device)
+        used = _make_optimizer(model, recipe, optimizer)
+        _check_optimizer(used)
         scaler = scaler or torch.amp.GradScaler(engine.device, enabled=engine.precision == "float16")
         loader = Batches.train(data, recipe.batch_size, recipe.augmentation, seed, engine.device) \
             if isinstance(data, ImageData) else data
@@ -299,13 +352,11 @@ def find_lr(
         sweep = Sweep(sweep_rates(start_lr, end_lr, num_steps, schedule), metric, valid, diverge, beta, repeats)
         plan = plan_trials(epoch, num_steps, trials, budget, (start_lr, end_lr))
         batch_loss = BatchCriterion(recipe, engine, criterion, step, metric == "accuracy")
-        with _state_to_restore(model, loader, optimizer, scaler, criterion, valid).preserved(), keep_memory():
-            try:
-                return _search(ShortRuns(model, optimizer, loader, batch_loss, scaler, accumulate), sweep, plan)
-            finally:
-                model.to(home)  # before the optimizer's state is restored, which follows the parameters
-    finally:
-        model.to(home)
+        runs = ShortRuns(model, used, loader, batch_loss, scaler, accumulate)
+        try:
+            return _search(runs, sweep, plan)
+        finally:
+            runs.close()  # before the loader is restored
 
 # %% ../../nbs/06_lr_finder.ipynb #371db5a8
 def _suggest(model: nn.Module, data: ImageData, recipe: Recipe, seed: int, options: dict[str, Any]) -> LRRangeTest:
