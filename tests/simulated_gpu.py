@@ -102,8 +102,8 @@ class Functions(TorchFunctionMode):
         if tensor is not None and name in ("to", "cuda", "cpu"):
             return self.move(name, tensor, args[1:], kwargs)
         if tensor is not None and name in ("numpy", "__array__") and gpu.on_gpu(tensor):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
-                            "first.")
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
+                            "memory first.")
         if tensor is not None and name in ("pin_memory", "is_pinned"):
             return tensor if name == "pin_memory" else False
         if tensor is not None and name == "get_device":
