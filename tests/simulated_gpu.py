@@ -7,6 +7,7 @@ synchronizations are counted. Compilation is the identity. What it cannot show: 
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -317,6 +318,14 @@ def patches(gpu: SimulatedGPU) -> Iterator[Any]:
     yield mock.patch.object(torch, "Generator", Generator)
     if hasattr(torch, "accelerator"):  # the optimizers of newer versions ask it whether a graph is being captured
         yield mock.patch.object(torch.accelerator, "is_available", lambda: False)
+    optimizer = sys.modules["torch.optim.optimizer"]  # no attribute of torch.optim
+    group = optimizer._group_tensors_by_device_and_dtype  # asks for devices in C++
+
+    def grouped(lists: Any, *arguments: Any) -> Any:
+        return {(GPU if gpu.on_gpu(found[0][0][0]) else device, dtype): found
+                for (device, dtype), found in group(lists, *arguments).items()}
+
+    yield mock.patch.object(optimizer, "_group_tensors_by_device_and_dtype", grouped)
     yield mock.patch.object(torch.jit, "trace", outside(torch.jit.trace))  # it records operations by itself
     yield mock.patch.object(torch, "autocast", Autocast)
     yield mock.patch.object(torch.amp, "autocast", Autocast)
