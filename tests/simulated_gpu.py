@@ -326,6 +326,8 @@ def patches(gpu: SimulatedGPU) -> Iterator[Any]:
                 for (device, dtype), found in group(lists, *arguments).items()}
 
     yield mock.patch.object(optimizer, "_group_tensors_by_device_and_dtype", grouped)
+    profile, only_cpu = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
+    yield mock.patch.object(torch.profiler, "profile", lambda activities=None, **options: profile(activities=only_cpu, **options))
     yield mock.patch.object(torch.jit, "trace", outside(torch.jit.trace))  # it records operations by itself
     yield mock.patch.object(torch, "autocast", Autocast)
     yield mock.patch.object(torch.amp, "autocast", Autocast)
