@@ -12,7 +12,8 @@ from attn_cifar.data import Augmentation, Batches, load_data
 from attn_cifar.models import create_model
 from attn_cifar.studies import speed
 from attn_cifar.training import RECIPES, BatchLoss, Engine, Muon, choose_recipe
-from attn_cifar.training.loop import Trainer
+from attn_cifar.training.loop import Checkpoints, Trainer
+from attn_cifar.training.runs import Run
 
 T4, A100 = (7, 5), (8, 0)
 
@@ -196,3 +197,22 @@ def test_nothing_compiled_needs_no_compiler(data, monkeypatch):
         list(Trainer(create_model("spatial_attn"), data, recipe, Engine("cuda", "float32", False)).epoch())
 
     waits_of(train)
+
+
+def test_a_checkpoint_keeps_the_scale_of_float16(data, tmp_path):
+    """And restores every state to the GPU."""
+    def resume(gpu):
+        recipe, run = choose_recipe(None, "tiny", {"batch_size": 32, "epochs": 1}), Run(tmp_path, {}, [], {"loss": []}, None)
+        first, second = (Trainer(create_model("spatial_attn"), data, recipe, Engine("cuda", "float16", False)) for _ in range(2))
+        steps = first.epoch()
+        next(steps)
+        first.scaler.update(1024.0)
+        (tmp_path / "checkpoint").mkdir(exist_ok=True)
+        Checkpoints(run, first).save()
+        Checkpoints(run, second).restore()
+        assert second.scaler.get_scale() == 1024.0
+        assert second.totals.losses.is_cuda and second.totals.correct.is_cuda
+        assert all(p.is_cuda and second.optimizer.state[p]["exp_avg"].is_cuda for p in second.model.parameters())
+        assert len(list(second.epoch())) == 4
+
+    waits_of(resume, T4)
