@@ -15,8 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "nbs" / "studies" / "results" / "notebooks.json"
+# What a notebook imports, and the package it is in. Newer versions of onnx would replace Colab's protobuf.
 EXTRAS = {"timm": "timm", "pytorch_grad_cam": "grad-cam", "captum": "captum", "torch_lr_finder": "torch-lr-finder",
-          "hypothesis": "hypothesis", "gradio": "gradio", "onnxruntime": '"onnx<1.23" onnxruntime onnxscript'}  # what a notebook imports; onnx 1.23 replaces Colab's protobuf
+          "hypothesis": "hypothesis", "gradio": "gradio", "onnxruntime": '"onnx<1.23" onnxruntime onnxscript'}
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link}) {words}"
 CELL = """#| hide
 # On Colab: install the package (Colab's own torch stays) and use CIFAR-10; elsewhere this does nothing.

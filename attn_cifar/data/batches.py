@@ -123,11 +123,11 @@ class _ImageFile:
                 raise InputError(f"{self.file.name} became shorter while it was read")
         return images
 
-# %% ../../nbs/data/batches.ipynb #8fcdab39
+# %% ../../nbs/data/batches.ipynb #d44cb3a5
 BLOCK = 512 * 3072, 8192 * 3072  # bytes of images augmented at a time, on a CPU and on a GPU: what stays in a CPU's cache,
                                  # what keeps a GPU busy and still fits
 
-
+# %% ../../nbs/data/batches.ipynb #8fcdab39
 class Batches:
     "Augmented, normalized batches of a data set that lives on the device."
 

@@ -241,5 +241,5 @@ class SpeedAttention(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         extra = extra_pools(images.shape[2:])
         features = self.blocks(halve(F.gelu(self.whiten(images)), extra))
-        largest = F.max_pool2d(features, features.shape[2:]).flatten(1)  # deterministic; amax has NaN gradients in compiled bfloat16
+        largest = F.max_pool2d(features, features.shape[2:]).flatten(1)  # amax has NaN gradients in compiled bfloat16
         return self.fc1(largest) / 9

@@ -89,7 +89,7 @@ def find_pretrained(name: str) -> Path | None:
 # %% ../../nbs/models/registry.ipynb #319e0c80
 def load_pretrained(
     name: str,  # of a shipped model
-    num_classes: int | None = None,  # of your own data, for a fresh head to fine-tune; None: the shipped head, CIFAR-10's ten classes
+    num_classes: int | None = None,  # of your own data, for a fresh head; None: the shipped head for CIFAR-10's classes
 ) -> nn.Module:
     "Load a shipped model in evaluation mode: normalized images (B, 3, H, W) to logits (B, classes). Raises `InputError`."
     folder = find_pretrained(name)

@@ -97,7 +97,8 @@ def _distance(first: Run, second: Run) -> float:
 
 def measure_compiled(bench: Bench) -> dict[str, Any]:
     "Train with a last batch of 17, compiled and not, in float32 and in the default precision; return how far the losses differ."
-    data, options = bench.few(5 * 32 + 17), {"epochs": 2, "batch_size": 32}
+    data = bench.few(5 * 32 + 17)
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 32}
     eager = bench.train("spatial_attn", data, precision="float32", compile=False, **options)
     compiled = bench.train("spatial_attn", data, precision="float32", compile=bench.on_gpu, **options)
     fast = bench.train("spatial_attn", data, compile=bench.on_gpu, **options)
@@ -120,7 +121,8 @@ def _break_off(model: nn.Module, steps: int) -> None:
 
 def measure_resume(bench: Bench) -> dict[str, Any]:
     "Break a run off in its second epoch and continue it; return how far the losses differ from those of an unbroken run."
-    data, options = bench.few(160), {"epochs": 2, "batch_size": 32, "compile": False}
+    data = bench.few(160)
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 32, "compile": False}
     whole = bench.train("attn_tiny", data, **options)
     with tempfile.TemporaryDirectory() as folder:
         model = create_model("attn_tiny", len(data.class_names))
@@ -206,7 +208,7 @@ def measure_network(
     name: str,  # of a registered model
 ) -> dict[str, Any]:
     "Train a network by its own recipe; return its accuracy and its seconds, with and without compilation and evaluation."
-    changes = {"epochs": 1, "batch_size": 32} if bench.rehearse else {}
+    changes: dict[str, Any] = {"epochs": 1, "batch_size": 32} if bench.rehearse else {}
     seconds, run = timed(partial(bench.train, name, bench.data, **changes))
     history = run.history
     return {"model": name, "epochs": len(history), "test_accuracy": history[-1]["test_accuracy"], "seconds_in_all": seconds,
