@@ -36,6 +36,13 @@ def gpu():
             yield simulation
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """Compare without TF32, which rounds the factors of a convolution to 10 bits on an A100, L4 or H200."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(scope="module")
 def data():
     return load_data("shapes").subset(160, 100)
@@ -66,6 +73,14 @@ def test_images_that_do_not_fit_stay_outside(data, monkeypatch):
 def test_training_takes_the_steps_of_the_cpu(data):
     here, there = (train(data, device=d, precision="float32", compile=False) for d in ("cpu", "cuda"))
     assert torch.allclose(torch.tensor(here.steps["loss"]), torch.tensor(there.steps["loss"]), atol=0.01)
+
+
+def test_training_with_tf32_stays_close(data):
+    losses = []
+    for allow in (False, True):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow):
+            losses.append(torch.tensor(train(data, precision="float32", compile=False).steps["loss"]))
+    assert torch.allclose(*losses, atol=0.05) and (REAL or not torch.equal(*losses)), "the simulation rounds as TF32 does"
 
 
 @pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.999), ("bfloat16", 0.99)])

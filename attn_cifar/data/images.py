@@ -192,7 +192,8 @@ class ImageData:
 # %% ../../nbs/01_data.ipynb #19149571
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:
     "Return one number per channel as a tensor that broadcasts over (B, 3, H, W), on the device of `like`."
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
+    numbers = [torch.full((), value, dtype=torch.float32, device=like.device) for value in values]  # a copy would wait for a GPU
+    return torch.stack(numbers).view(1, -1, 1, 1)
 
 # %% ../../nbs/01_data.ipynb #dc31f45a
 def _normalize_rows(

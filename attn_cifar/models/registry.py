@@ -67,8 +67,8 @@ def create_model(
     "Create a registered model with fresh weights: images (B, 3, H, W) to logits (B, num_classes). Raises `InputError`."
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    if num_classes < 2:
-        raise InputError(f"num_classes must be at least 2, not {num_classes}")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise InputError(f"num_classes must be a whole number of at least 2, not {num_classes!r}")
     model = MODELS[name].make(num_classes=num_classes)
     model.registered_name = name  # type: ignore[assignment]  # PyTorch's hints know tensors and modules only
     return model
@@ -87,12 +87,19 @@ def find_pretrained(name: str) -> Path | None:
     return folder if name in MODELS and folder.is_dir() else None
 
 # %% ../../nbs/models/registry.ipynb #319e0c80
-def load_pretrained(name: str) -> nn.Module:
-    "Load a shipped model in evaluation mode: normalized images (B, 3, 32, 32) to logits (B, 10). Raises `InputError`."
+def load_pretrained(
+    name: str,  # of a shipped model
+    num_classes: int | None = None,  # of your own data, for a fresh head; None: the shipped head for CIFAR-10's classes
+) -> nn.Module:
+    "Load a shipped model in evaluation mode: normalized images (B, 3, H, W) to logits (B, classes). Raises `InputError`."
     folder = find_pretrained(name)
     if folder is None:
         shipped = ", ".join(filter(find_pretrained, MODELS)) or "none"
         raise InputError(f"{name!r} does not come with weights; there is {shipped}")
-    model = create_model(name)
-    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    weights = load_file(folder / "weights.safetensors")
+    model = create_model(name) if num_classes is None else create_model(name, num_classes)
+    if num_classes is not None:
+        weights = {key: value for key, value in weights.items() if not key.startswith("fc1.")}
+        weights |= {f"fc1.{key}": value for key, value in model.get_submodule("fc1").state_dict().items()}
+    model.load_state_dict(weights)
     return model.to(memory_format=torch.channels_last).eval()

@@ -13,6 +13,7 @@ from ..core import InputError
 from .beyond import beyond
 from .demo import demo
 from .explanations import explanations
+from .gpu import gpu
 from .ladder import ladder
 from .lr_finders import lr_finders
 from .reproduction import reproduction
@@ -20,7 +21,8 @@ from .speed import speed
 
 # %% ../../nbs/studies/registry.ipynb #66577a5f
 STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reproduction, "ladder": ladder, "speed": speed,
-                                          "lr_finders": lr_finders, "explanations": explanations, "beyond": beyond}
+                                          "lr_finders": lr_finders, "explanations": explanations, "beyond": beyond,
+                                          "gpu": gpu}
 
 # %% ../../nbs/studies/registry.ipynb #143c1f32
 def run_study(

@@ -104,6 +104,9 @@ def measure_compilation(
     "Measure a training step of each network, compiled and not: images/s."
 
     def step(loss_of: BatchLoss, images: Tensor, labels: Tensor) -> None:
+        loss_of.model.zero_grad()  # CUDA graphs reuse the memory of the gradients
+        if loss_of.compiled is not None and images.is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
         loss_of(images, labels)[0].backward()
 
     jobs = {}
@@ -201,7 +204,8 @@ def measure_scale(
 # %% ../../nbs/studies/speed.ipynb #0bb9fed5
 def _run(words: list[str], folder: str, compiled: str | os.PathLike) -> subprocess.CompletedProcess:
     "Run Python with a separate compile cache. Raises `InputError` with the last line of its error output."
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # read once, at the first product: deterministic runs need it
+                   **os.environ, "TORCHINDUCTOR_CACHE_DIR": str(compiled), "NO_ALBUMENTATIONS_UPDATE": "1"}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, cwd=folder)
     if done.returncode:
         raise InputError(f"{' '.join(words[:3])} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")

@@ -33,6 +33,19 @@ def _gradients(weights: list[Tensor]) -> list[Tensor]:
     "Return the gradients of those weights that have one."
     return [weight.grad for weight in weights if weight.grad is not None]
 
+
+def _unscaled(
+    gradients: list[Tensor],
+    scale: Tensor | None,  # factor of the gradients, set by `torch.amp.GradScaler`; None: they are not scaled
+    found_inf: Tensor | None,  # 1 if any gradient is infinite or NaN, else 0; None: nobody looked
+) -> tuple[list[Tensor], Tensor | float]:
+    "Return the gradients without their factor, and what to multiply the step with: 1, or 0 if any gradient is infinite."
+    if scale is not None:
+        gradients = [gradient / scale for gradient in gradients]
+    if found_inf is None:
+        return gradients, 1.0
+    return [gradient.where(found_inf == 0, 0) for gradient in gradients], 1 - found_inf
+
 # %% ../../nbs/training/muon.ipynb #c2a28096
 class Muon(torch.optim.Optimizer):
     "Muon for tensors of two or more dimensions, AdamW for the others; `betas[0]` is the momentum of both."
@@ -56,6 +69,11 @@ class Muon(torch.optim.Optimizer):
             if chosen := [p for p in params if (p.ndim >= 2) == matrices]:
                 decay = options["weight_decay"] if matrices else 0.0
                 super().add_param_group({**options, "params": chosen, "matrices": matrices, "weight_decay": decay})
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tell `torch.amp.GradScaler` that `step` skips infinite gradients, without waiting for the device."""
+        return all(group["matrices"] or group["fused"] for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -82,13 +100,14 @@ class Muon(torch.optim.Optimizer):
             by_shape[tuple(weight.flatten(1).shape)].append(weight)
         for shape, same in by_shape.items():
             momenta, beta = [self.state[weight]["exp_avg"] for weight in same], group["betas"][0]
-            pairs = list(zip(_gradients(same), momenta, strict=True))
+            gradients, keep = _unscaled(_gradients(same), getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            pairs = list(zip(gradients, momenta, strict=True))
             for gradient, momentum in pairs:
-                momentum.lerp_(gradient, 1 - beta)
+                momentum.lerp_(gradient, (1 - beta) * keep)
             ahead = [gradient.lerp(momentum, beta).flatten(1) for gradient, momentum in pairs]  # Nesterov
             length = 0.2 * math.sqrt(max(shape))  # entries then have the root mean square of AdamW's steps
-            for weight, update in zip(same, orthogonalize(torch.stack(ahead)), strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            for weight, update in zip(same, keep * orthogonalize(torch.stack(ahead)), strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"] * keep)
                 weight.add_(update.unflatten(1, weight.shape[1:]), alpha=-group["lr"] * length)
 
     def _adamw(self, weights: list[Tensor], group: dict[str, Any]) -> None:
@@ -96,5 +115,6 @@ class Muon(torch.optim.Optimizer):
         adamw(
             weights, _gradients(weights), [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states], fused=group["fused"],
+            grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
             amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["eps"], maximize=False)
