@@ -295,15 +295,6 @@ def patches(gpu: SimulatedGPU) -> Iterator[Any]:
                 device_type, dtype = "cpu", dtype or torch.float16
             super().__init__(device_type, dtype, enabled, cache_enabled)
 
-    optimizers = sys.modules[torch.optim.Optimizer.__module__]  # torch.optim hides its name
-    group = optimizers._group_tensors_by_device_and_dtype
-
-    def group_tensors(lists: Any, with_indices: bool = False) -> Any:
-        """Name the group's device as its tensors report it: optimizers move their scalars there."""
-        groups = group(lists, with_indices)
-        return {(GPU if gpu.on_gpu(pair[0][0][0]) else device, dtype): pair for (device, dtype), pair in groups.items()}
-
-    yield mock.patch.object(optimizers, "_group_tensors_by_device_and_dtype", group_tensors)
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         if device is not None and not isinstance(device, int) and parse(device).index is None:  # as PyTorch 2.4
             raise ValueError(f"Expected a torch.device with a specified index or an integer, but got: {device}")
