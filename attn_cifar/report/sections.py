@@ -324,9 +324,9 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     for index in shown:
         true, guess = data.class_names[int(data.test_labels[index])], data.class_names[int(evaluation.predictions[index])]
         sure = f"{whole_percent(float(evaluation.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
-        strip.append(embed_image(np.array(data.test_images[index]), f"test image {index}, {true}", (true, f"→ {guess}", sure),
-                                 EXPLAINED_SIDE))
-    text = ("Confident right answers and confident mistakes: true class → explained class. In the maps, bright is the highest "
+        strip.append(embed_image(np.array(data.test_images[index]), f"test image {index}, {true}", (
+            true, *([f"→ {guess}"] if guess != true else []), sure), EXPLAINED_SIDE))
+    text = ("Confident right answers and confident mistakes: true class → predicted class, which is explained. In the maps, bright is the highest "
             "value and dark the lowest.")
     return Section("explanations", "What the network looks at", text, strips=[("", strip)])
 
