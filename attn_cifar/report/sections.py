@@ -211,8 +211,8 @@ def _training_images(results: RunResults, pictures: Mapping[str, Picture]) -> Se
 def _schedule(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Show the learning rate and the momentum of every step."
     rates = results.run.steps["lr"]
-    if not rates:
-        raise InputError("the schedule is empty: no step has been made yet")
+    if "schedule" not in pictures:
+        raise InputError("no step with a finite learning rate has been made yet")
     alt = f"Learning rate over {len(rates):,} steps: from {rates[0]:.3g} up to {max(rates):.3g}, down to {rates[-1]:.3g}."
     text = "The learning rate of every step, and the momentum, which goes the other way."
     return Section("schedule", "Schedule", text, plots=_show(pictures, "schedule", alt))
@@ -221,6 +221,8 @@ def _schedule(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 def _range_test(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Show the LR range test and what it suggests."
     test = results.range_test
+    if "lr_find" not in pictures:
+        raise InputError("the range test has no curve")
     suggestion = f"It suggests {test.suggestion:.3g}." if test.suggestion else f"It suggests none: {test.reason}."
     if test.doubt:
         suggestion += f" Do not trust that: {test.doubt}."

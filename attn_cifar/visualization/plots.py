@@ -98,13 +98,23 @@ def _hide_frame(ax: "Axes") -> None:
     ax.spines[:].set_visible(False)
 
 # %% ../../nbs/08_visualization.ipynb #1058cba3
+_MOST = 1e30  # larger values, like NaN, are gaps: matplotlib has no axis for them
+
+
+def _drawable(values: Any) -> np.ndarray:  # float, of any shape
+    "Replace what cannot be drawn by NaN, which leaves a gap."
+    values = np.asarray(values, dtype=float)
+    return np.where(np.abs(values) < _MOST, values, np.nan)  # NaN compares as false
+
+
 def _draw_losses(ax: "Axes", result: "LRRangeTest") -> None:
     "Draw the raw and the smoothed loss over the learning rate, and the range over repeats."
-    ax.plot(result.lrs, result.losses, ".", color=COLORS["grey"], alpha=0.5, markersize=4, label="loss of a step")
-    ax.plot(result.lrs[: len(result.smoothed)], result.smoothed, color=COLORS["blue"], label="smoothed")
+    lrs = _drawable(result.lrs)
+    ax.plot(lrs, _drawable(result.losses), ".", color=COLORS["grey"], alpha=0.5, markersize=4, label="loss of a step")
+    ax.plot(lrs[: len(result.smoothed)], _drawable(result.smoothed), color=COLORS["blue"], label="smoothed")
     ax.set_xscale("log")
     if result.band is not None:
-        ax.fill_between(result.lrs, *result.band, color=COLORS["grey"], alpha=0.2, linewidth=0, label="lowest to highest")
+        ax.fill_between(lrs, *_drawable(result.band), color=COLORS["grey"], alpha=0.2, linewidth=0, label="lowest to highest")
 
 # %% ../../nbs/08_visualization.ipynb #182e2602
 def _limit_losses(
@@ -147,18 +157,21 @@ def plot_lr_find(
     ax: "Axes | None" = None,  # None: a new one
 ) -> "Axes":
     "Plot an LR range test: raw and smoothed loss over the learning rate, the trials' losses, the suggestion and its range."
+    if not (len(result.lrs) and (_drawable(result.lrs) > 0).all() and np.isfinite(_drawable(result.losses)).any()):
+        raise InputError("the range test has no curve: it needs positive learning rates and finite losses")
     ax = ax or new_axes(3.4)
     _draw_losses(ax, result)
-    trials, longer = (np.array([pair for pair in pairs if np.isfinite(pair[1])]) for pairs in (result.trials, result.longer))
+    trials, longer = (np.array([pair for pair in pairs if np.isfinite(_drawable(pair)).all() and pair[0] > 0])
+                      for pairs in (result.trials, result.longer))
     for ends, color, label in ((trials, "green", "end of a trial"), (longer, "purple", "end of a longer one")):
         if len(ends):
             ax.plot(*ends.T, "o-", color=COLORS[color], markersize=5, label=label)
-    _limit_losses(ax, result.smoothed, [loss for _, loss in (*trials, *longer)])
-    if result.suggestion is not None:
-        smoothed = result.lrs[: len(result.smoothed)], result.smoothed
+    _limit_losses(ax, _drawable(result.smoothed), [loss for _, loss in (*trials, *longer)])
+    if result.suggestion is not None and result.suggestion > 0:
+        smoothed = result.lrs[: len(result.smoothed)], _drawable(result.smoothed)
         curve: Any = longer.T if len(longer) else trials.T if len(trials) else smoothed
         _mark_suggestion(ax, result.suggestion, *curve)
-        if result.low is not None and result.high is not None:
+        if result.low is not None and result.high is not None and 0 < result.low <= result.high < _MOST:
             ax.axvspan(result.low, result.high, color=COLORS["orange"], alpha=0.12, linewidth=0)
     if not result.trusted:
         _write_reason(ax, result)
@@ -175,18 +188,18 @@ def plot_schedule(
     "Plot learning rate and momentum over all steps, on two vertical axes; return the one of the learning rate."
     values: Any = getattr(steps, "steps", steps)
     curves: Mapping[str, Any] = values if isinstance(values, Mapping) else {"lr": values}
-    rates = np.asarray(curves["lr"], dtype=float)
-    if not len(rates):
-        raise InputError("the schedule is empty: no step has been made yet")
+    rates = _drawable(curves["lr"])
+    if not np.isfinite(rates).any():
+        raise InputError("the schedule is empty: no step with a finite learning rate has been made yet")
     ax = ax or new_axes(3.1)
     ax.plot(rates, color=COLORS["blue"], label="learning rate")
-    peak = int(rates.argmax())
+    peak = int(np.nanargmax(rates))
     ax.plot([peak], [rates[peak]], "o", color=COLORS["blue"], label="maximum")
     ax.annotate(f"{rates[peak]:.3g} at step {peak:,}", (peak, rates[peak]), (8, 3), textcoords="offset points",
                 color=COLORS["blue"], fontsize=10)
     ax.set(xlabel="step", ylabel="learning rate", title="Schedule")
     ax.yaxis.label.set_color(COLORS["blue"])
-    ax.set_ylim(0, rates.max() * 1.15 or 1)
+    ax.set_ylim(min(0, np.nanmin(rates)), rates[peak] * 1.15 if rates[peak] > 0 else 1)
     if curves.get("momentum") is not None and len(curves["momentum"]):
         _draw_momentum(ax, curves["momentum"])
     return ax
@@ -195,7 +208,7 @@ def plot_schedule(
 def _draw_momentum(ax: "Axes", momentum: Sequence[float]) -> None:
     "Draw the momentum on a second vertical axis."
     twin = ax.twinx()
-    twin.plot(np.asarray(momentum, dtype=float), color=COLORS["orange"], linestyle="--", label="momentum")
+    twin.plot(_drawable(momentum), color=COLORS["orange"], linestyle="--", label="momentum")
     twin.set_ylabel("momentum (Adam: β₁)", color=COLORS["orange"])
     twin.spines["right"].set_visible(True)
     twin.grid(False)
@@ -203,6 +216,12 @@ def _draw_momentum(ax: "Axes", momentum: Sequence[float]) -> None:
 
 # %% ../../nbs/08_visualization.ipynb #298d5ce3
 SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["orange"], "s")}
+
+
+def _epochs(rows: Sequence[Mapping[str, float]]) -> np.ndarray:
+    "Return the numbers of the epochs; if they are not numbers, 1, 2, 3 …"
+    epochs = _drawable([row["epoch"] for row in rows])
+    return epochs if np.isfinite(epochs).all() else np.arange(1.0, len(rows) + 1)
 
 
 def _draw_splits(
@@ -213,14 +232,15 @@ def _draw_splits(
     form: str,  # of the last value, written beside the curve
 ) -> None:
     "Draw one quantity of both splits over the epochs; skip a split that was not measured."
-    epochs, last = [float(row["epoch"]) for row in rows], rows[-1]
+    epochs, last = _epochs(rows), rows[-1]
     for split, (label, color, marker) in SPLITS.items():
-        values = [factor * float(row.get(f"{split}_{quantity}", np.nan)) for row in rows]
+        values = _drawable([factor * float(row.get(f"{split}_{quantity}", np.nan)) for row in rows])
         if np.isfinite(values).any():
             ax.plot(epochs, values, color=color, marker=marker if len(rows) <= 30 else None, markersize=4, label=label)
             other = factor * float(last.get(f"{'test' if split == 'train' else 'train'}_{quantity}", np.nan))
-            ax.annotate(form.format(values[-1]), (epochs[-1], values[-1]), (6, 0), textcoords="offset points", color=color,
-                        va="bottom" if values[-1] > other else "top", fontsize=10)
+            if np.isfinite(values[-1]):
+                ax.annotate(form.format(values[-1]), (epochs[-1], values[-1]), (6, 0), textcoords="offset points", color=color,
+                            va="bottom" if values[-1] > other else "top", fontsize=10)
 
 # %% ../../nbs/08_visualization.ipynb #d5888302
 @styled
@@ -242,7 +262,7 @@ def plot_history(
         ax.margins(x=0.02)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         if len(rows) == 1:
-            ax.set_xlim(rows[0]["epoch"] - 0.5, rows[0]["epoch"] + 0.5)
+            ax.set_xlim(_epochs(rows)[0] - 0.5, _epochs(rows)[0] + 0.5)
     panels[0].set_title("Loss and accuracy")
     panels[0].legend(loc="upper right", ncols=2)
     panels[1].set_xlabel("epoch")
