@@ -183,7 +183,7 @@ def test_tabs_follow_the_arrow_keys(browser, run_folder):
         browser.switch_to.active_element.send_keys(key)
         assert browser.execute_script(SHOWN_PANELS)[0] == expected
     browser.switch_to.active_element.send_keys(Keys.TAB)
-    assert browser.execute_script("return document.activeElement.closest('[role=tablist]')") is None, "one stop for all tabs"
+    assert not browser.execute_script("return document.activeElement.closest('#confusions [role=tablist]')"), "one stop for all tabs"
     open_page(browser, (run_folder / "report.html").resolve().as_uri() + "#pairs", 1440, "light")
     assert browser.execute_script(SHOWN_PANELS)[0] == "pairs", "a link can lead to a panel"
 
@@ -334,7 +334,7 @@ def make_run(folder: Path, logits: torch.Tensor, labels: torch.Tensor, history: 
                Evaluation(logits, labels, names)), data
 
 
-ODD = [0.0, -1.0, math.nan, math.inf, -math.inf, 1e300, 5e-324]
+ODD = [0.0, math.nan, math.inf, -math.inf, 1e300]
 
 
 @pytest.mark.filterwarnings("error")
@@ -346,11 +346,15 @@ def test_every_number_can_be_zero_or_undefined(tmp_path, number):
     run.config["recipe"]["max_lr"] = number
     html = make_report(run, data).read_text(encoding="utf-8")
     assert "Fit" in html and "nan\N{NO-BREAK SPACE}%" not in html
-    spoilt = logits.clone()
-    spoilt[0, 0] = number if abs(number) < 1e30 or not math.isfinite(number) else -1e30
-    run, data = make_run(tmp_path / "run", spoilt, labels)
-    html = make_report(run, data).read_text(encoding="utf-8")
-    assert ("1 of 40 test images are NaN or infinite" in html) == (not math.isfinite(number) and number != -math.inf)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_logit_can_be_undefined(tmp_path, number):
+    logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    logits[0, 0] = number
+    html = make_report(*make_run(tmp_path / "run", logits, torch.arange(40) % 3)).read_text(encoding="utf-8")
+    assert ("1 of 40 test images are NaN or infinite" in html) == (number != -math.inf), "a logit of -inf is a probability of 0"
 
 
 def test_a_diverged_run_is_reported(tmp_path):
@@ -393,9 +397,8 @@ def test_the_baseline_is_the_most_common_class(tmp_path, wrong, poor):
     assert ("not distinguishable" in accuracy[2]) == poor and "95 % interval" in accuracy[2]
 
 
-@pytest.mark.parametrize("classes", [2, 100, 1000])
-def test_any_number_of_classes(browser, tmp_path, classes):
-    count = max(2 * classes, 200)
+@pytest.mark.parametrize(("classes", "count"), [(2, 10_000), (1000, 2000), pytest.param(100, 10_000, marks=pytest.mark.long)])
+def test_many_images_and_classes(browser, tmp_path, classes, count):
     labels = torch.arange(count) % classes
     run, data = make_run(tmp_path / "run", torch.randn(count, classes) + torch.nn.functional.one_hot(labels, classes), labels)
     start = time.process_time()
@@ -404,14 +407,6 @@ def test_any_number_of_classes(browser, tmp_path, classes):
     open_page(browser, path.resolve().as_uri(), 390, "light")
     assert browser.execute_script("return document.scrollingElement.scrollWidth") <= 390
     assert browser.execute_script("return [...document.images].every(image => image.naturalWidth)")
-
-
-def test_ten_thousand_test_images(tmp_path):
-    labels = torch.arange(10_000) % 10
-    run, data = make_run(tmp_path / "run", torch.randn(10_000, 10) + torch.nn.functional.one_hot(labels, 10), labels)
-    start = time.process_time()
-    path = make_report(run, data)
-    assert time.process_time() - start < 10 and path.stat().st_size < 3e6
 
 
 @pytest.mark.parametrize("name", ["figures", "tensorboard"])
@@ -457,3 +452,12 @@ def test_comparison(browser, tmp_path):
         make_comparison([first], data)
     with pytest.raises(InputError, match="not the images of the run"):
         make_comparison([first, second], replace(data, test_labels=data.test_labels[::-1].copy()))
+
+
+def test_a_script_that_slips_in_does_not_run(browser, run_folder, tmp_path):
+    html = (run_folder / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "loose.html").write_text(html.replace("<h1>", "<script>document.title = 'it ran'</script><h1 onclick=alert(1)>"))
+    open_page(browser, (tmp_path / "loose.html").resolve().as_uri(), 1440, "light")
+    assert browser.title == "spatial_attn on shapes"
+    assert browser.execute_script(SHOWN_PANELS), "the page's own script runs"
+    browser.get_log("browser")  # the browser's complaint

@@ -214,7 +214,7 @@ def _schedule(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     if "schedule" not in pictures:
         raise InputError("no step with a finite learning rate has been made yet")
     alt = f"Learning rate over {len(rates):,} steps: from {rates[0]:.3g} up to {max(rates):.3g}, down to {rates[-1]:.3g}."
-    text = "The learning rate of every step, and the momentum, which goes the other way."
+    text = "The learning rate of every step, and the momentum, which falls while the learning rate rises."
     return Section("schedule", "Schedule", text, plots=_show(pictures, "schedule", alt))
 
 # %% ../../nbs/report/sections.ipynb #6bf39479
@@ -227,9 +227,9 @@ def _range_test(results: RunResults, pictures: Mapping[str, Picture]) -> Section
     if test.doubt:
         suggestion += f" Do not trust that: {test.doubt}."
     alt = f"Loss over learning rates from {test.lrs[0]:.3g} to {test.lrs[-1]:.3g}. {suggestion}"
-    text = "The loss of one step at each learning rate, before the training began"
-    text += f", and of short trainings at {len(test.trials)} of them" if test.trials else ""
-    text += f"; next to a cliff, of longer ones. {suggestion}" if test.longer else f". {suggestion}"
+    text = "The loss of one step at each learning rate, before training"
+    text += f", and of short training runs at {len(test.trials)} of them" if test.trials else ""
+    text += f"; near a divergence, of longer ones. {suggestion}" if test.longer else f". {suggestion}"
     return Section("range-test", "LR range test", text, plots=_show(pictures, "lr_find", alt))
 
 # %% ../../nbs/report/sections.ipynb #2fac797c
@@ -360,8 +360,8 @@ _Maker = Callable[[RunResults, Mapping[str, Picture]], Section]
 
 def _confusions(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Make the card whose panels show confusion, classes and pairs."
-    results.predictions  # noqa: B018, raises what the panels would
-    return Section("confusions", "What is taken for what")
+    mistakes = len(results.predictions.misclassified)
+    return Section("confusions", "What is taken for what" if mistakes else "No mistakes")
 
 
 def _setup(results: RunResults, pictures: Mapping[str, Picture]) -> Section:

@@ -264,7 +264,8 @@ def plot_history(
         if len(rows) == 1:
             ax.set_xlim(_epochs(rows)[0] - 0.5, _epochs(rows)[0] + 0.5)
     panels[0].set_title("Loss and accuracy")
-    panels[0].legend(loc="upper right", ncols=2)
+    if panels[0].lines:
+        panels[0].legend(loc="upper right", ncols=2)
     panels[1].set_xlabel("epoch")
     return fig
 
@@ -293,7 +294,8 @@ def plot_confusion(
     counts = np.asarray(evaluation.confusion, dtype=float)
     shares = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
     names, classes = [short_name(name, 18) for name in evaluation.class_names], len(counts)
-    few, side = classes <= MAX_CELL_TEXT, 0.125 * min(classes, MAX_NAMED)  # side in inches
+    few = classes <= MAX_CELL_TEXT
+    side = 0.125 * classes if classes <= MAX_NAMED else 6  # inches
     ax = ax or new_axes(5.6 if few else 1.2 + side, WIDTH if few else 2.0 + side)
     drawn = ax.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     if few:
