@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import os
 import shlex
 import subprocess
 import sys
@@ -12,16 +14,18 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from browsing import open_page
 
 from attn_cifar.cli import make_parser
-from attn_cifar.data import load_data
+from attn_cifar.core import InputError
+from attn_cifar.data import ImageData, load_data
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model
-from attn_cifar.report import SECTIONS, make_report, remake_command
-from attn_cifar.training import RECIPES, fit, load_run
+from attn_cifar.report import make_comparison, make_report, paired_difference, remake_command, verdicts
+from attn_cifar.training import RECIPES, Evaluation, Run, fit, load_run
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -64,8 +68,8 @@ def test_report_opens_from_a_file(browser, run_folder, width, scheme):
         }""", width)
     assert look["width"] <= width, "it scrolls sideways"
     assert (look["broken"], look["wide"], look["unnamed"], look["dead"]) == ([], [], 0, 0)
-    assert look["images"] > 90 and look["smallest"] >= 12
-    assert look["scripts"] == 0 and HOSTILE in look["text"]
+    assert look["images"] > 60 and look["smallest"] >= 12
+    assert look["scripts"] == 1 and HOSTILE in look["text"]
     assert (look["ground"] < 64) == (scheme == "dark")
 
 
@@ -82,16 +86,20 @@ def test_curves_tell_the_value_under_the_pointer(browser, run_folder):
     ActionChains(browser).move_to_element(strip.find_element("css selector", "rect")).perform()
     assert words.value_of_css_property("visibility") == "visible"
     row = load_run(run_folder).history[0]
-    assert words.text == f"epoch 1: training {row['train_loss']:.4f}, test {row['test_loss']:.4f}"
+    assert words.text == f"epoch 1: training {100 * row['train_accuracy']:.2f}, test {100 * row['test_accuracy']:.2f}"
 
 
-def test_every_map_has_a_verdict(browser, run_folder):
+WORDS = {"believable", "unproven", "misleading", "indifferent", "empty"}
+
+
+def test_every_layer_has_one_verdict(browser, run_folder):
     open_page(browser, (run_folder / "report.html").resolve().as_uri(), 390, "light")
-    browser.execute_script("document.querySelectorAll('details').forEach(details => details.open = true)")
-    for section in ("grad-cam", "attention-rollout", "gradient-attention", "attention"):
-        cells = browser.find_elements("css selector", f"[aria-labelledby={section}] tbody tr td:nth-child(2)")
-        words = {cell.text for cell in cells}
-        assert words and words <= {"believable", "unproven", "misleading", "indifferent", "empty"}, section
+    for panel in ("grad-cam", "attention-rollout", "gradient-attention", "attention"):
+        browser.execute_script("document.getElementById(arguments[0] + '-tab').click()", panel)
+        lines = [line.text for line in browser.find_elements("css selector", f"#{panel} .strip > div")]
+        assert lines and all(line.rpartition(": ")[2] in WORDS for line in lines), panel
+        captions = [caption.text for caption in browser.find_elements("css selector", f"#{panel} figcaption")]
+        assert not WORDS - {"empty"} & set(captions), "a verdict is about a layer, not about a picture"
 
 
 class Page(HTMLParser):
@@ -115,12 +123,16 @@ class Page(HTMLParser):
 def test_report_has_every_section_and_loads_nothing(run_folder):
     run, html = load_run(run_folder), (run_folder / "report.html").read_text(encoding="utf-8")
     page = Page(html)
-    assert {link.removeprefix("#") for link in page.all("href", "a")} == set(page.all("id"))
-    assert len(page.all("id")) == len(SECTIONS)
-    assert all(page.all("alt", "img")) and len(page.all("alt", "img")) == html.count("<img") > 90
+    assert {link.removeprefix("#") for link in page.all("href", "a")} <= set(page.all("id"))
+    assert len(set(page.all("id"))) == len(page.all("id")), "an id is used twice"
+    assert len(page.all("href", "a")) == 5, "four groups, and the link that skips them"
+    panels = {"confusion", "classes", "pairs", "grad-cam", "attention-rollout", "gradient-attention", "attention", "environment",
+              "training-images", "schedule", "range-test", "network", "remake"}
+    assert panels | {"overview", "curves", "calibration", "confusions", "mistakes", "explanations"} <= set(page.all("id"))
+    assert all(page.all("alt", "img")) and len(page.all("alt", "img")) == html.count("<img") > 60
     assert all(address.startswith("data:image/") for address in page.all("src") + page.all("href", "link"))
     assert not any(word in html for word in ("http:", "https:", "url(", "@import"))
-    assert "script" not in {tag for tag, _ in page.found}
+    assert [tag for tag, _ in page.found].count("script") == 1
     assert f"{100 * run.evaluation.accuracy:.1f}\N{NO-BREAK SPACE}%" in page.text and f"{run.config['parameters']:,}" in page.text
     assert not list(run_folder.rglob("*.tmp"))
 
@@ -142,12 +154,110 @@ def test_report_can_be_walked_with_the_keyboard(browser, run_folder):
         return browser.execute_script("return document.activeElement.innerText.trim()")
 
     titles = browser.execute_script("return [...document.querySelectorAll('h2')].map(h => h.innerText)")
+    assert titles == ["Result", "Mistakes", "Why", "Setup"]
     assert press(Keys.TAB).startswith("Skip")
-    assert [press(Keys.TAB) for _ in titles] == titles, "the contents come next, in the order of the sections"
+    assert [press(Keys.TAB) for _ in titles] == titles, "the contents come next, in the order of the groups"
     press(Keys.ENTER)
     seen = "const box = document.querySelector(location.hash).getBoundingClientRect(); return [box.top, innerHeight]"
+    deadline = time.monotonic() + 5
+    while not 0 <= browser.execute_script(seen)[0] < browser.execute_script(seen)[1] and time.monotonic() < deadline:
+        time.sleep(0.05)  # scrolling is smooth
     top, height = browser.execute_script(seen)
-    assert 0 <= top < height, "the last link leads to the last section"
+    assert 0 <= top < height, "the last link leads to the last group"
+
+
+SHOWN_PANELS = "return [...document.querySelectorAll('.panel')].filter(p => p.offsetHeight).map(p => p.id)"
+
+
+def test_tabs_follow_the_arrow_keys(browser, run_folder):
+    from selenium.webdriver.common.keys import Keys
+
+    open_page(browser, (run_folder / "report.html").resolve().as_uri(), 1440, "light")
+    assert browser.execute_script(SHOWN_PANELS) == ["confusion", "grad-cam", "training-images"]
+    tabs = browser.find_elements("css selector", "#confusions [role=tab]")
+    assert [tab.get_attribute("aria-selected") for tab in tabs] == ["true", "false", "false"]
+    tabs[0].send_keys(Keys.ARROW_RIGHT)
+    assert browser.execute_script("return document.activeElement.id") == "classes-tab"
+    assert browser.execute_script(SHOWN_PANELS)[0] == "classes"
+    for key, expected in ((Keys.END, "pairs"), (Keys.ARROW_RIGHT, "confusion"), (Keys.ARROW_LEFT, "pairs"), (Keys.HOME, "confusion")):
+        browser.switch_to.active_element.send_keys(key)
+        assert browser.execute_script(SHOWN_PANELS)[0] == expected
+    browser.switch_to.active_element.send_keys(Keys.TAB)
+    assert not browser.execute_script("return document.activeElement.closest('#confusions [role=tablist]')"), "one stop for all tabs"
+    open_page(browser, (run_folder / "report.html").resolve().as_uri() + "#pairs", 1440, "light")
+    assert browser.execute_script(SHOWN_PANELS)[0] == "pairs", "a link can lead to a panel"
+
+
+@pytest.mark.parametrize("way", ["without a script", "in print"])
+def test_all_panels_show(browser, run_folder, way):
+    commands = {"without a script": ("Emulation.setScriptExecutionDisabled", {"value": True}, {"value": False}),
+                "in print": ("Emulation.setEmulatedMedia", {"media": "print"}, {"media": ""})}
+    command, on, off = commands[way]
+    try:
+        if way == "without a script":
+            browser.execute_cdp_cmd(command, on)
+        open_page(browser, (run_folder / "report.html").resolve().as_uri(), 1440, "light")
+        browser.execute_cdp_cmd(command, on)
+        panels = browser.find_elements("css selector", ".panel")
+        assert len(panels) == 13 and all(panel.is_displayed() for panel in panels)
+        assert all(panel.find_element("css selector", "h4").is_displayed() for panel in panels)
+        assert not any(tab.is_displayed() for tab in browser.find_elements("css selector", "[role=tab]"))
+    finally:
+        browser.execute_cdp_cmd(command, off)
+
+
+def test_the_report_is_short_on_a_phone(browser, run_folder):
+    open_page(browser, (run_folder / "report.html").resolve().as_uri(), 390, "light")
+    assert browser.execute_script("return document.scrollingElement.scrollHeight") <= 6 * 844
+    sizes = browser.execute_script("return [...document.images].map(i => i.clientWidth).filter(width => width)")
+    assert min(sizes) >= 40, "pictures must be legible"
+
+
+def test_numbers_do_not_wrap(browser, run_folder):
+    for width in (390, 1440):
+        open_page(browser, (run_folder / "report.html").resolve().as_uri(), width, "light")
+        browser.execute_script("document.querySelectorAll('.panel').forEach(panel => panel.style.display = 'block');"
+                               "document.querySelectorAll('details').forEach(details => details.open = true)")
+        wrapped = browser.execute_script("""
+            return [...document.querySelectorAll('.value, .facts strong, .tiles dd, .bar, td.number')].filter(element => {
+              const range = document.createRange();
+              range.selectNodeContents(element);
+              const tops = [...range.getClientRects()].filter(box => box.height > 11).map(box => Math.round(box.top));
+              return Math.max(...tops) - Math.min(...tops) > 8;
+            }).map(element => element.innerText)""")
+        assert wrapped == []
+        overlapping = browser.execute_script("""
+            const boxes = [...document.querySelectorAll('.tiles div, .facts div, figcaption, td, [role=tab], nav a')]
+              .filter(e => e.offsetHeight).map(e => [e.innerText, e.getBoundingClientRect()]);
+            return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) => p.left < q.right - 1 && q.left < p.right - 1
+              && p.top < q.bottom - 1 && q.top < p.bottom - 1).map(([b]) => a + ' | ' + b))""")
+        assert overlapping == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast(browser, run_folder, scheme):
+    open_page(browser, (run_folder / "report.html").resolve().as_uri(), 1440, scheme)
+    browser.execute_script("document.querySelectorAll('.panel').forEach(panel => panel.style.display = 'block')")
+    poor = browser.execute_script("""
+        const numbers = color => color.match(/[\\d.]+/g).map(Number);
+        const light = color => numbers(color).slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+          .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+        const ground = e => { const c = getComputedStyle(e).backgroundColor, n = numbers(c);
+          return n.length > 3 && n[3] === 0 ? ground(e.parentElement) : c; };
+        const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
+        return [...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+          .filter(e => e.tagName !== 'SCRIPT' && e.tagName !== 'title')
+          .map(e => [e.closest('svg') ? getComputedStyle(e).fill : getComputedStyle(e).color, ground(e.closest('svg')?.parentElement ?? e), e])
+          .filter(([a, b]) => ratio(a, b) < 4.5).map(([a, b, e]) => `${e.textContent.slice(0, 30)}: ${a} on ${b}`)""")
+    assert poor == []
+
+
+def test_motion_and_warning_colors_are_used_sparingly(browser, run_folder):
+    media = {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    open_page(browser, (run_folder / "report.html").resolve().as_uri(), 1440, "light")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    assert browser.execute_script("return getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_the_command_line_understands_the_command_to_make_it_again(run_folder):
@@ -204,3 +314,150 @@ def test_tensorboard_shows_the_run(tensorboard, run_folder):
         (_, epoch, value), = tensorboard("scalars/scalars", run=name, tag=tag)
         assert epoch == 1 and value == pytest.approx(float(row[column]), rel=1e-6)
     assert len(tensorboard("scalars/scalars", run=name, tag="LR")) == 10  # 500 images in batches of 50
+
+
+def make_run(folder: Path, logits: torch.Tensor, labels: torch.Tensor, history: list | None = None, **steps: list) -> tuple[Run, ImageData]:
+    """Make a run without a model, and its images, from logits alone; it trained for three epochs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    classes, count = logits.shape[1], len(labels)
+    names = tuple(f"class {index}" for index in range(classes))
+    images = np.random.default_rng(0).integers(0, 256, (max(classes, count), 8, 8, 3), np.uint8)
+    data = ImageData(images[:classes], np.arange(classes), images[:count], labels.numpy(), names, (0.5,) * 3, (0.25,) * 3, "noise")
+    config = {"model": "spatial_attn", "parameters": 0, "seed": 0, "deterministic": False, "processes": 1, "machine": {}, "notes": {},
+              "recipe": vars(RECIPES["plain"]) | {"augmentation": vars(RECIPES["plain"].augmentation)},
+              "engine": {"device": "cpu", "precision": "float32", "compile": False},
+              "data": {"name": "noise", "train": classes, "test": count, "class_names": list(names), "image_size": 8,
+                       "mean": [0.5] * 3, "std": [0.25] * 3}}
+    row = {"train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 1.0, "test_accuracy": 0.5, "lr": 0.1, "seconds": 1.0}
+    history = history or [{"epoch": epoch, **row} for epoch in (1.0, 2.0, 3.0)]
+    return Run(folder, config, history, {"lr": [0.1, 0.2], "momentum": [0.9, 0.8], "loss": [1.0, 1.0], **steps}, None,
+               Evaluation(logits, labels, names)), data
+
+
+ODD = [0.0, math.nan, math.inf, -math.inf, 1e300]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", ODD)
+def test_every_number_can_be_zero_or_undefined(tmp_path, number):
+    logits, labels = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    good = {"epoch": 1.0, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 1.0, "test_accuracy": 0.5, "lr": 0.1, "seconds": 1.0}
+    run, data = make_run(tmp_path / "run", logits, labels, [good, dict.fromkeys(good, number)], lr=[number, 0.1], momentum=[number] * 2)
+    run.config["recipe"]["max_lr"] = number
+    html = make_report(run, data).read_text(encoding="utf-8")
+    assert "Fit" in html and "nan\N{NO-BREAK SPACE}%" not in html
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_logit_can_be_undefined(tmp_path, number):
+    logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    logits[0, 0] = number
+    html = make_report(*make_run(tmp_path / "run", logits, torch.arange(40) % 3)).read_text(encoding="utf-8")
+    assert ("1 of 40 test images are NaN or infinite" in html) == (number != -math.inf), "a logit of -inf is a probability of 0"
+
+
+def test_a_diverged_run_is_reported(tmp_path):
+    rows = [{"epoch": epoch, "train_loss": math.nan, "train_accuracy": 0.1, "test_loss": math.nan, "test_accuracy": 0.1, "lr": 0.1,
+             "seconds": 1.0} for epoch in (1.0, 2.0)]
+    run, data = make_run(tmp_path / "run", torch.full((40, 3), math.nan), torch.arange(40) % 3, rows)
+    text = Page(make_report(run, data).read_text(encoding="utf-8")).text
+    assert "the outputs for 40 of 40 test images are NaN or infinite" in text and "diverged" in text
+    assert "33.3" not in text, "no accuracy is made of outputs that are no numbers"
+
+
+def test_rare_mistakes_are_not_zero_percent(tmp_path):
+    labels = torch.arange(4000) % 2
+    guess = labels.clone()
+    guess[0] = 1
+    run, data = make_run(tmp_path / "run", torch.nn.functional.one_hot(guess, 2).float(), labels)
+    html = make_report(run, data).read_text(encoding="utf-8")
+    text = Page(html).text
+    assert "<1\N{NO-BREAK SPACE}%" in text and ">99.9\N{NO-BREAK SPACE}%" in text and "> 0.0\N{NO-BREAK SPACE}%" not in text
+    matrix = html[html.index('id="confusion"'):html.index('id="classes"')]
+    assert matrix.count("&lt;1</text>") == 1 and ">0</text>" not in matrix
+
+
+def test_columns_without_content_are_left_out(tmp_path):
+    labels = torch.arange(40) % 2
+    run, data = make_run(tmp_path / "run", torch.nn.functional.one_hot(labels, 2).float(), labels)
+    text = Page(make_report(run, data).read_text(encoding="utf-8")).text
+    assert "Taken for" not in text and "No mistakes." in text
+
+
+@pytest.mark.parametrize(("wrong", "poor"), [(10, True), (0, False)])
+def test_the_baseline_is_the_most_common_class(tmp_path, wrong, poor):
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    guess = torch.where(torch.arange(100) < 100 - wrong, labels, 0)
+    run, data = make_run(tmp_path / "run", torch.nn.functional.one_hot(guess, 2).float(), labels)
+    html = make_report(run, data).read_text(encoding="utf-8")
+    assert "always answering class 0, the most common class, 90.0\N{NO-BREAK SPACE}%" in html and "guessing" not in html
+    assert ('class="score poor"' in html) == poor, "the color of warnings is for results no better than the baseline"
+    accuracy = verdicts(run)[0]
+    assert ("not distinguishable" in accuracy[2]) == poor and "95 % interval" in accuracy[2]
+
+
+@pytest.mark.parametrize(("classes", "count"), [(2, 10_000), (1000, 2000), pytest.param(100, 10_000, marks=pytest.mark.long)])
+def test_many_images_and_classes(browser, tmp_path, classes, count):
+    labels = torch.arange(count) % classes
+    run, data = make_run(tmp_path / "run", torch.randn(count, classes) + torch.nn.functional.one_hot(labels, classes), labels)
+    start = time.process_time()
+    path = make_report(run, data)
+    assert time.process_time() - start < 10 and path.stat().st_size < 3e6
+    open_page(browser, path.resolve().as_uri(), 390, "light")
+    assert browser.execute_script("return document.scrollingElement.scrollWidth") <= 390
+    assert browser.execute_script("return [...document.images].every(image => image.naturalWidth)")
+
+
+@pytest.mark.parametrize("name", ["figures", "tensorboard"])
+def test_nothing_is_written_through_a_link(tmp_path, name):
+    run, data = make_run(tmp_path / "run", torch.randn(40, 3), torch.arange(40) % 3)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "run" / name).symlink_to(outside)
+    with pytest.raises(InputError, match="is a symbolic link"):
+        make_report(run, data)
+    assert not list(outside.iterdir()) and [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_named_pipes_do_not_block(tmp_path):
+    run, data = make_run(tmp_path / "run", torch.randn(40, 3), torch.arange(40) % 3)
+    (tmp_path / "run" / "figures").mkdir()
+    for name in ("lr_find.json", "figures/odd.png", "figures/lr_find.png"):
+        os.mkfifo(tmp_path / "run" / name)
+    assert "range test" in make_report(run, data).read_text(encoding="utf-8")
+
+
+def test_comparison(browser, tmp_path):
+    labels = torch.arange(400) % 4
+    right = torch.nn.functional.one_hot(labels, 4).float()
+    (first, data), (second, _) = (make_run(tmp_path / name, 3 * right + torch.randn(400, 4), labels) for name in ("<b>one", "two"))
+    data = replace(data, class_names=(HOSTILE, *data.class_names[1:]))
+    for run in (first, second):
+        run.config["data"]["class_names"] = list(data.class_names)
+    second.config["recipe"] = second.config["recipe"] | {"max_lr": 0.123}
+    path = make_comparison([first, second, second], data)
+    assert path == tmp_path / "comparison.html"
+    requests = open_page(browser, path.resolve().as_uri(), 390, "light")
+    assert all(address.startswith("data:") for address in requests[1:]) and browser.get_log("browser") == []
+    text = browser.execute_script("return document.body.innerText")
+    assert browser.execute_script("return document.scrollingElement.scrollWidth") <= 390
+    assert HOSTILE in text and "<b>one" in text and "0.123" in text and "recipe.max_lr" in text
+    differing = int((first.evaluation.predictions != second.evaluation.predictions).sum())
+    assert f"for {differing:,} of 400 test images" in text
+    difference, margin = paired_difference(second.evaluation, first.evaluation)
+    assert f"{100 * difference:+.1f} ± {100 * margin:.1f}" in text
+    with pytest.raises(InputError, match="two to"):
+        make_comparison([first], data)
+    with pytest.raises(InputError, match="not the images of the run"):
+        make_comparison([first, second], replace(data, test_labels=data.test_labels[::-1].copy()))
+
+
+def test_a_script_that_slips_in_does_not_run(browser, run_folder, tmp_path):
+    html = (run_folder / "report.html").read_text(encoding="utf-8")
+    (tmp_path / "loose.html").write_text(html.replace("<h1>", "<script>document.title = 'it ran'</script><h1 onclick=alert(1)>"))
+    open_page(browser, (tmp_path / "loose.html").resolve().as_uri(), 1440, "light")
+    assert browser.title == "spatial_attn on shapes"
+    assert browser.execute_script(SHOWN_PANELS), "the page's own script runs"
+    browser.get_log("browser")  # the browser's complaint
