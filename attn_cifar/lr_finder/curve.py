@@ -175,8 +175,9 @@ class LRRangeTest:
             if (result.low or 0) > (result.high or math.inf):
                 raise ValueError("its range ends below its beginning")
             size = result.lrs.shape
-            lengths = [size, *(None if curve is None else curve.shape[-1:] for curve in (result.losses, result.band, result.validation))]
-            if len(size) != 1 or set(lengths) - {size, None} or result.smoothed.ndim != 1 or len(result.smoothed) > size[0]:
+            curves = [curve for curve in (result.losses, result.band, result.validation) if curve is not None]
+            wrong = len(size) != 1 or result.smoothed.ndim != 1 or any(curve.shape[-1:] != size for curve in curves)
+            if wrong or len(result.smoothed) > size[0]:
                 raise ValueError("the lengths of its curves differ")
         except (AttributeError, KeyError, OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise InputError(f"{path} holds no LR range test ({str(error).partition(chr(10))[0]})") from error

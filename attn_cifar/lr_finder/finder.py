@@ -197,8 +197,8 @@ def _make_optimizer(model: nn.Module, recipe: Recipe, optimizer: Any) -> Any:
         except (TypeError, ValueError) as error:
             raise InputError(f"no optimizer can be made from the parameters alone ({str(error).splitlines()[0]})") from error
     if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
-        raise InputError(f"optimizer must be an optimizer or its class, not a {type(optimizer).__name__}: the order is model, data, "
-                         "optimizer, criterion")
+        raise InputError(f"optimizer must be an optimizer or its class, not a {type(optimizer).__name__}: the order is model, "
+                         "data, optimizer, criterion")
     return optimizer
 
 
@@ -281,8 +281,8 @@ def find_lr(
     ----------
     model : the network, with the weights to start from
     data : a data set, or any loader of batches: pairs, tuples, or dictionaries with labels
-    optimizer : an optimizer, whose parameter groups keep their ratios; or a class such as torch.optim.SGD, or "sgd" as in a recipe;
-        default: the recipe's
+    optimizer : an optimizer, whose parameter groups keep their ratios; a class such as torch.optim.SGD; or a name as in a
+        recipe, "sgd"; default: the recipe's
     criterion : (output, labels) -> loss; default: the recipe's cross-entropy
     step : (model, batch) -> loss, for batches of any other form
     recipe : as in `fit`: batch size, augmentation, optimizer, L1 term
@@ -309,16 +309,17 @@ def find_lr(
         `suggestion` (the peak of a one-cycle schedule, or None and a `reason`), `low` and `high` (the range that is about as
         good), `doubt` (why the suggestion may be wrong, or None), and the measured `lrs`, `losses` and `trials`.
 
-    The suggestion is the peak of a one-cycle schedule. For a constant rate, or a cosine that begins at its highest rate, start with a
-    third to a tenth of it: a rule of thumb, not a measurement.
+    The suggestion is the peak of a one-cycle schedule. For a constant rate, or a cosine that begins at its highest rate, start
+    with a third to a tenth of it: a rule of thumb, not a measurement.
 
-    Restored: model, optimizer (the same dictionaries and tensors), loss, loaders, hooks, random generators, also attributes that are no
-    buffers. Not restored: an iterator's position, files, and what functions store elsewhere.
+    Restored: model, optimizer (the same dictionaries and tensors), loss, loaders, hooks, random generators, also plain
+    attributes. Not restored: an iterator's position, files, and what functions store elsewhere.
 
     Raises
     ------
     InputError
-        for invalid options, batches, losses or optimizers, such as LBFGS and SAM, which need a closure. Everything is restored then, too.
+        for invalid options, batches, losses or optimizers, such as LBFGS and SAM, which need a closure. Everything is restored
+        then, too.
 
     Example
     -------

@@ -63,8 +63,9 @@ def move(
 def _needs_closure(error: Exception) -> bool:
     "Return True for an error of an optimizer's `step` that comes from the missing closure."
     words = str(error)
-    return "closure" in words.lower() or isinstance(error, NotImplementedError) or (
-        isinstance(error, TypeError | AttributeError) and "NoneType" in words) or (isinstance(error, AssertionError) and ("None" in words or not words))
+    called = isinstance(error, TypeError | AttributeError) and "NoneType" in words
+    checked = isinstance(error, AssertionError) and ("None" in words or not words)
+    return called or checked or isinstance(error, NotImplementedError) or "closure" in words.lower()
 
 
 def refuse_closure(optimizer: Any, reason: object = "it evaluates a batch several times per step") -> InputError:
@@ -314,7 +315,7 @@ class ShortRuns:
         "Return to the first weights and, with `Batches`, to the first batches."
         self._start.restore()
         if isinstance(self.loader, Batches):
-            if not new_batches:
+            if not new_batches and self._first is not None:
                 self.loader.load_state_dict(self._first)
             self._stepper.batches = endless(self.loader)
 
