@@ -117,7 +117,7 @@ def _state_of(generator: Any, state: Any = None) -> Any:
 # %% ../../nbs/training/state.ipynb #2ff79d7c
 def _undo_tensor(tensor: Tensor) -> Callable[[], None] | None:
     "Return a function that restores a tensor's numbers in their first memory, on their first device."
-    if not tensor.is_leaf or tensor.is_meta or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if not tensor.is_leaf or tensor.is_meta or nn.parameter.is_lazy(tensor):
         return None  # the result of a computation is not changed in place
     first, kept, requires_grad, grad = tensor.data, tensor.detach().clone(), tensor.requires_grad, tensor.grad
 
@@ -222,9 +222,9 @@ _undo.register(Tensor, _undo_tensor)
 # %% ../../nbs/training/state.ipynb #43eeb2eb
 _LEAVES = type(None), bool, int, float, complex, str, bytes, range, slice, type, ModuleType, torch.dtype, torch.device, torch.Size
 _OPAQUE = (  # modules whose objects belong to the system or to a library's machinery
-    "_io io threading _thread queue multiprocessing concurrent asyncio socket logging subprocess weakref _weakref contextvars pathlib "
-    "re datetime pandas pyarrow PIL h5py tensorboard wandb matplotlib torch._dynamo torch._inductor torch._C torch.distributed "
-    "torch.fx torch.jit torch.utils.tensorboard torch.autograd torch.cuda").split()
+    "_io io threading _thread queue multiprocessing concurrent asyncio socket logging subprocess weakref _weakref contextvars "
+    "pathlib re datetime pandas pyarrow PIL h5py tensorboard wandb matplotlib torch._dynamo torch._inductor torch._C "
+    "torch.distributed torch.fx torch.jit torch.utils.tensorboard torch.autograd torch.cuda").split()
 _MANY = 100_000  # longer containers are recorded, but their items are not looked at
 
 
@@ -269,7 +269,8 @@ class Snapshot:
         self._numbers: list[Callable[[], None]] = []  # restore tensors
         self._rest: list[Callable[[], None]] = []
         models = [value for value in objects if isinstance(value, nn.Module)]
-        self._record([*objects, *(tensor for model in models for tensor in (*model.parameters(), *model.buffers()))], float("inf"))
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        self._record([*objects, *tensors], float("inf"))
         self._record(loaders, limit)
         self.loaders = [value for value in self._seen.values() if isinstance(value, DataLoader)]
 
@@ -334,7 +335,8 @@ def _own_state(value: Any) -> Callable[[], None] | None:
 
 def _release_workers(loader: DataLoader) -> None:
     "Stop the persistent workers of a loader."
-    iterator, loader._iterator = loader._iterator, None
+    iterator: Any = loader._iterator
+    loader._iterator = None
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
 
@@ -373,7 +375,8 @@ def _nested(optimizer: Any) -> list[Any]:
     for outer in found:
         for value in vars(outer).values():
             inner = value if isinstance(value, list | tuple) else list(value.values()) if isinstance(value, dict) else [value]
-            found += [part for part in inner if isinstance(part, torch.optim.Optimizer) and all(part is not known for known in found)]
+            optimizers = [part for part in inner if isinstance(part, torch.optim.Optimizer)]
+            found += [part for part in optimizers if all(part is not known for known in found)]
     return found
 
 
@@ -393,7 +396,7 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         groups[:] = options
         with suppress(AttributeError):  # a property that reads the wrapped optimizer
             part.param_groups = groups
-        if isinstance(kept, dict) and kept is not new_state:
+        if isinstance(kept, dict) and isinstance(new_state, dict) and kept is not new_state:
             kept.clear()
             kept.update(new_state)
             with suppress(AttributeError):
