@@ -301,7 +301,8 @@ def gpu_table() -> str:
         rows = {}
     lines = ["| part | result |", "| --- | --- |"]
     for part in PARTS:
-        row = {key: value for key, value in rows.get(part.name, {}).items() if key != "part" and not isinstance(value, list | dict)}
+        row = {key: value for key, value in rows.get(part.name, {}).items()
+               if key != "part" and not isinstance(value, list | dict)}
         values = (f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
         lines.append(f"| {part.name} | {', '.join(values) or 'not measured'} |")
     return "\n".join(lines)
