@@ -8,7 +8,9 @@ __all__ = ['IMAGES', 'PARTS', 'Bench', 'measure_versions', 'measure_tests', 'mea
            'gpu_table']
 
 # %% ../../nbs/studies/gpu.ipynb #594a0df1
+import contextlib
 import importlib.metadata
+import io
 import subprocess
 import sys
 import tempfile
@@ -199,7 +201,8 @@ def measure_loops(
             rates[name] = "not installed"
         elif not bench.rehearse or name in ("ours", "upstream, 0 workers"):
             size = batch_size if not bench.rehearse else 32
-            rates[name] = measure_loop(name, bench.few(images), size)["images_per_second"]
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                rates[name] = measure_loop(name, bench.few(images), size)["images_per_second"]
     return rates
 
 # %% ../../nbs/studies/gpu.ipynb #c1f25b34
@@ -301,7 +304,8 @@ def gpu_table() -> str:
         rows = {}
     lines = ["| part | result |", "| --- | --- |"]
     for part in PARTS:
-        row = {key: value for key, value in rows.get(part.name, {}).items() if key != "part" and not isinstance(value, list | dict)}
+        row = {key: value for key, value in rows.get(part.name, {}).items()
+               if key != "part" and not isinstance(value, list | dict)}
         values = (f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
         lines.append(f"| {part.name} | {', '.join(values) or 'not measured'} |")
     return "\n".join(lines)

@@ -112,7 +112,7 @@ def choose_recipe(
     model: nn.Module | None,
     recipe: Recipe | str | None,  # None: the default of a registered model, or "plain"
     changes: dict[str, Any],  # fields of a recipe and their new values
-    images: int | None = None,  # number of training images, to choose the batch size by unless `changes` names it; None: the recipe's
+    images: int | None = None,  # training images, to choose the batch size by unless `changes` has one; None: the recipe's
 ) -> Recipe:
     "Look up the recipe and apply the changes. Raises `InputError` for an unknown recipe or field."
     if recipe is None:
