@@ -93,8 +93,8 @@ NAMES_OF_0_1_0 = {
     "faithfulness": "Faithfulness blurred check_explanations rank_correlation score_maps shuffled_weights",
     "lr_finder": "LRRangeTest Stepper endless find_lr fit_with_suggestion move read_curve smooth sweep",
     "lr_finder_compat": "DataLoaderIter LRFinder TrainDataLoaderIter ValDataLoaderIter",
-    "models": "BasicAttention HybridAttention MODELS ModelEntry SpatialAttention SpeedAttention Ultimus count_macs count_parameters "
-              "create_model describe_model find_pretrained list_models load_pretrained record_attention",
+    "models": "BasicAttention HybridAttention MODELS ModelEntry SpatialAttention SpeedAttention Ultimus count_macs "
+              "count_parameters create_model describe_model find_pretrained list_models load_pretrained record_attention",
     "report": "make_report SECTIONS choose_explained",
     "runs": "Evaluation Run describe_machine evaluate load_results load_run read_config refuse_other_run",
     "s9": "Alb_trans GRADCAM LRRangeFinder S9_CIFAR10_data_prep Ultimus basic_attn_model cifar10_plots counters "
