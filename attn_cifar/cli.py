@@ -349,8 +349,8 @@ def _complete(
     start: "Classifier | None" = None,  # network to start from
 ) -> None:
     "Fill in the options that the command line leaves out: those of the run to resume, or the defaults. Raises `InputError`."
-    new: dict[str, Any] = {"model": start.name if start else _MODEL, "seed": 0, "deterministic": False, "notes": {"source": "cifar10"},
-                           "data": {"image_size": start.image_size if start else None}}
+    new: dict[str, Any] = {"model": start.name if start else _MODEL, "data": {"image_size": start.image_size if start else None},
+                           "seed": 0, "deterministic": False, "notes": {"source": "cifar10"}}
     kept = config or new
     arguments.data = arguments.data or _recorded(kept)
     if arguments.data is None:
