@@ -225,7 +225,8 @@ def _introduction(
     known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     tested = "" if right is None else f" On {right[1]:,} test images, {right[0]:.1%} of its answers were right."
     return (f"<h1>What is on this picture?</h1><p>Drop pictures on the field. They stay on this machine. The network "
-            f"{html.escape(classifier.name)} knows {len(names)} classes: {html.escape(known)}. Whatever you show it, it answers with one of them.{tested}</p>")
+            f"{html.escape(classifier.name)} knows {len(names)} classes: {html.escape(known)}. Whatever you show it, it answers "
+            f"with one of them.{tested}</p>")
 
 # %% ../nbs/cli/app.ipynb #77843100
 def make_app(

@@ -101,7 +101,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print one JSON value and nothing else"},
     "--top": {"metavar": "N", "type": _whole(1, 10**9), "default": 3, "help": "classes to show (default: 3)"},
     "--layers": {"choices": ("last", "all"), "default": "last", "help": "of each method (default: last)"},
-    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the page that compares runs (default: comparison.html)"},
+    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside the first)"},
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "on this machine alone (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the picture (default: explanation.png); further files, "
                                                                       "FILE-2.png and so on, for more than five images"},
@@ -331,7 +331,7 @@ def _refuse_file(
         raise InputError(f"{out} cannot be written: name another file with --out")
     for name in inputs:
         if out.resolve() == Path(name).resolve() or (out.exists() and Path(name).exists() and out.samefile(name)):
-            raise InputError(f"{out} is one of the images: name another file with --out")
+            raise InputError(f"{out} is one of the files to read: name another one with --out")
 
 # %% ../nbs/cli/cli.ipynb #54f42358
 def _resumed_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -738,11 +738,12 @@ def _compare(arguments: argparse.Namespace) -> _Result:
     make_comparison: Any = getattr(report, "make_comparison", None)
     if make_comparison is None:
         raise InputError("this version writes the report of one run at a time")
-    out = Path(arguments.out or "comparison.html")
-    _refuse_file(out, [str(Path(run, "report.html")) for run in arguments.runs], (".html",))
+    if arguments.out is not None:
+        _refuse_file(Path(arguments.out), [str(Path(run, "report.html")) for run in arguments.runs], (".html",))
     runs = [load_run(run) for run in arguments.runs]
+    data = _run_data(arguments, runs[0].config)
     _progress.info("comparing the runs")
-    page = str(make_comparison(runs, out))
+    page = str(make_comparison(runs, data, arguments.out))
     return _Result({"report": page}, [page])
 
 # %% ../nbs/cli/cli.ipynb #57e0acf0
