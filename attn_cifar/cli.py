@@ -9,24 +9,31 @@ __all__ = ['make_parser', 'main']
 import argparse
 import json
 import logging
+import math
 import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
 from .core import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
     from attn_cifar.data.images import ImageData
     from attn_cifar.explain.faithfulness import Faithfulness
     from attn_cifar.predict import Classifier
     from attn_cifar.training.processes import Processes
     from attn_cifar.training.recipes import Recipe
 
-_log = logging.getLogger("attn_cifar")
+_log, _progress = logging.getLogger("attn_cifar"), logging.getLogger("attn_cifar.progress")
 
 # %% ../nbs/cli/cli.ipynb #14db4de1
 class _Parser(argparse.ArgumentParser):
@@ -68,27 +75,33 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 # %% ../nbs/cli/cli.ipynb #b82b9957
+_MODEL = "attn_tiny"  # unless --model names another one
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "SOURCE", "help": "cifar10, shapes (built in, no download), or a folder of images: "
                                             "train/<class>/* and test/<class>/*, or <class>/*"},
-    "--model": {"metavar": "NAME", "default": "spatial_attn", "help": "see attn-cifar models (default: %(default)s)"},
+    "--model": {"metavar": "NAME", "help": f"see attn-cifar models (default: {_MODEL})"},
+    "--from": {"dest": "start", "metavar": "RUN|MODEL", "help": "start from the weights of a run or a shipped model, with a new "
+                                                               "last layer (fine-tuning)"},
     "--recipe": {"metavar": "NAME", "help": "hyperparameters by name: plain, upstream, tiny, small, base or speed "
                                             "(default: the model's own)"},
     "--epochs": {"metavar": "N", "type": int, "help": "passes over the training images (default: the recipe's)"},
-    "--batch-size": {"metavar": "N", "type": int, "help": "images per step (default: the recipe's)"},
+    "--batch-size": {"metavar": "N", "type": int, "help": "images per step (default: from the number of "
+                                                                 "training images, at most the recipe's)"},
     "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "default": ..., "help":
-                 "peak learning rate; auto: by an LR range test (default: that of --recipe, auto without one)"},
-    "--seed": {"metavar": "N", "type": _seed, "default": 0, "help": "of weights, order and augmentation (default: 0)"},
+                 "peak learning rate; auto: by an LR range test (default: the recipe's, or auto for plain and upstream)"},
+    "--seed": {"metavar": "N", "type": _seed, "help": "of weights, order and augmentation (default: 0)"},
     "--out": {"metavar": "PATH", "help": "where results go"},
-    "--resume": {"action": "store_true", "help": "continue the run in --out from its last checkpoint"},
+    "--resume": {"action": "store_true", "help": "continue the run in --out from its last checkpoint; it "
+                                                "keeps its options, and more --epochs train it further"},
     "--deterministic": {"action": "store_true", "help": "use only algorithms that give the same bits each time"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: a GPU if there is one"},
-    "--image-size": {"metavar": "N", "type": int, "default": 32, "help": "height and width in pixels to which a folder's images "
-                                                                        "are resized (default: 32)"},
+    "--image-size": {"metavar": "N", "type": int, "help": "height and width in pixels to which a folder's images are resized "
+                                                          "(default: the model's, 32)"},
     "--skip-bad": {"action": "store_true", "help": "leave out images that cannot be read, instead of stopping"},
     "--json": {"action": "store_true", "help": "print one JSON value and nothing else"},
     "--top": {"metavar": "N", "type": _whole(1, 10**9), "default": 3, "help": "classes to show (default: 3)"},
     "--layers": {"choices": ("last", "all"), "default": "last", "help": "of each method (default: last)"},
+    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside the first)"},
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "on this machine alone (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the picture (default: explanation.png); further files, "
                                                                       "FILE-2.png and so on, for more than five images"},
@@ -97,6 +110,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 # %% ../nbs/cli/cli.ipynb #4c763799
 _POSITIONALS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN", "help": "a run folder, as written by train"},
+    "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; several: a page that compares them"},
     "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
     "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders, explanations or beyond"}}
@@ -119,15 +133,150 @@ class _Result(NamedTuple):
     lines: Iterable[str]  # for people; made only when they are printed
 
 # %% ../nbs/cli/cli.ipynb #678c0b32
+_HARMLESS = "\u00a0\u200c\u200d\u202f\u3000"  # spaces, and joiners inside words and emoji
+
+
+def _escape(text: str) -> str:
+    "Write control characters as escapes: a file name must not move the cursor, or look like another line."
+    return "".join(letter if letter.isprintable() or letter in _HARMLESS else repr(letter)[1:-1] for letter in text)
+
+# %% ../nbs/cli/cli.ipynb #6e93b503
+def _json_value(value: Any) -> Any:
+    "Replace NaN and infinities by None, at any depth."
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    return [_json_value(item) for item in value] if isinstance(value, list | tuple) else value
+
+# %% ../nbs/cli/cli.ipynb #421d05f1
 def _print_result(result: _Result | None, as_json: bool) -> None:
     "Print a result as one JSON value, or else as lines; nothing for None."
     if result is None:
         return
     if as_json:
-        print(json.dumps(list(result.value) if isinstance(result.value, Iterator) else result.value))
+        value = list(result.value) if isinstance(result.value, Iterator) else result.value
+        print(json.dumps(_json_value(value), allow_nan=False))
     else:
         for line in result.lines:
-            print(line)
+            print(_escape(line))
+
+# %% ../nbs/cli/cli.ipynb #12445a45
+class _WatchedStream:
+    "Output stream that calls a function before each write."
+
+    def __init__(self, stream: TextIO, before: Callable[[], None]):
+        self.stream, self.before = stream, before
+
+    def write(self, text: str) -> int:
+        self.before()
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:  # everything else is the stream's own
+        return getattr(self.stream, name)
+
+# %% ../nbs/cli/cli.ipynb #e40c4278
+_SILENCE = {True: 3.0, False: 20.0}  # seconds without output, on a terminal and elsewhere
+
+
+class _Heartbeat(logging.Handler):
+    "Report of the current stage, written by a thread whenever nothing else is."
+
+    def __init__(self, stream: TextIO):
+        super().__init__()
+        self.stream, self.on_terminal = stream, stream.isatty()
+        self.stage, self.done, self.total = "starting", 0, 0
+        self.began = self.last = time.monotonic()  # of the stage; of the last output
+        self.shown, self.guard, self.over = False, threading.RLock(), threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        "Note the stage, and how many of its steps are done."
+        if record.getMessage() != self.stage:
+            self.stage, self.began = record.getMessage(), time.monotonic()
+        self.done, self.total = getattr(record, "done", 0), getattr(record, "total", 0)
+
+    def clear(self) -> None:
+        "Remove the line that is shown: something else is printed now."
+        with self.guard:
+            if self.shown:
+                self.stream.write("\r\x1b[K")
+            self.shown, self.last = False, time.monotonic()
+
+    def stop(self) -> None:
+        "End the thread and remove the line that is shown."
+        self.over.set()
+        self.thread.join()
+        with suppress(OSError, ValueError):
+            self.clear()
+
+    def _run(self) -> None:
+        while not self.over.wait(min(1.0, _SILENCE[self.on_terminal] / 4)):
+            with self.guard, suppress(OSError, ValueError):  # the stream's reader has gone, or it is closed
+                if self.stage and time.monotonic() - self.last >= _SILENCE[self.on_terminal]:
+                    self._write(time.monotonic() - self.began)
+
+    def _write(self, elapsed: float) -> None:
+        text = _describe_stage(self.stage, self.done, self.total, elapsed)
+        if self.on_terminal:
+            self.stream.write(f"\r{text[:_columns() - 1]}\x1b[K")
+            self.shown = True
+        else:
+            self.stream.write(f"attn-cifar: {text}\n")
+            self.last = time.monotonic()
+        self.stream.flush()
+
+# %% ../nbs/cli/cli.ipynb #0b459510
+def _columns() -> int:
+    "Return the width of the terminal in characters."
+    from shutil import get_terminal_size
+
+    return max(get_terminal_size().columns, 20)
+
+
+def _describe_stage(stage: str, done: int, total: int, elapsed: float) -> str:
+    "Describe how far a stage is, with a bar and an estimate if its length is known."
+    if not 0 < done <= total:
+        return f"{stage}, {elapsed:.0f} s"
+    from tqdm import tqdm
+
+    return str(tqdm.format_meter(done, total, elapsed, ncols=min(_columns() - 1, 79), prefix=stage))
+
+# %% ../nbs/cli/cli.ipynb #eee1566f
+def _report_stream(as_json: bool) -> TextIO | None:
+    "Return the stream for reports: the error stream, unless only the output stream is a terminal."
+    screens = [stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)]
+    return sys.stdout if screens == [True, False] and not as_json else sys.stderr
+
+
+@contextmanager
+def _reporting(as_json: bool) -> Iterator[None]:
+    "Report what the command is doing while nothing else is printed."
+    streams, stream = (sys.stdout, sys.stderr), _report_stream(as_json)
+    if stream is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    heartbeat, level = _Heartbeat(stream), _progress.level
+    watched: list[Any] = [None if one is None else _WatchedStream(one, heartbeat.clear) for one in streams]
+    sys.stdout, sys.stderr = watched
+    _progress.addHandler(heartbeat)
+    _progress.setLevel(logging.INFO)
+    _progress.propagate = False
+    heartbeat.thread.start()
+    try:
+        yield
+    finally:
+        heartbeat.stop()
+        sys.stdout, sys.stderr = streams
+        _progress.removeHandler(heartbeat)
+        _progress.setLevel(level)
+        _progress.propagate = True
+
+# %% ../nbs/cli/cli.ipynb #526ff3fe
+def _limit_spinning() -> None:
+    "Let PyTorch's waiting threads sleep early, unless the user has decided otherwise or PyTorch has been imported."
+    if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
 
 # %% ../nbs/cli/cli.ipynb #96fd4e79
 def _load(arguments: argparse.Namespace, default: str | None = None) -> "ImageData":
@@ -137,104 +286,246 @@ def _load(arguments: argparse.Namespace, default: str | None = None) -> "ImageDa
     source = arguments.data or default
     if source is None:
         raise InputError("this run does not say where its images came from: give --data")
+    _progress.info("loading images")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
 # %% ../nbs/cli/cli.ipynb #a2f0e06d
+def _recorded(config: dict[str, Any]) -> str | None:
+    "Return the source of images that a run's configuration records, or None."
+    source = config["notes"].get("source")
+    return source if isinstance(source, str) else None
+
+
 def _run_data(arguments: argparse.Namespace, config: dict[str, Any]) -> "ImageData":
     "Load the images of a run from the source it recorded, or from `--data`, and check their classes."
-    notes = config.get("notes", {})
     arguments.image_size = config["data"]["image_size"]
-    arguments.skip_bad = arguments.skip_bad or notes.get("skip_bad", False)
-    data = _load(arguments, notes.get("source"))
+    arguments.skip_bad = arguments.skip_bad or bool(config["notes"].get("skip_bad"))
+    data = _load(arguments, _recorded(config))
     if list(data.class_names) != config["data"]["class_names"]:
         raise InputError(f"{data.name} has the classes {', '.join(data.class_names)}, but the run was trained on "
                          f"{', '.join(config['data']['class_names'])}")
     return data
 
-# %% ../nbs/cli/cli.ipynb #0bc39f67
-def _run_folder(arguments: argparse.Namespace, source: str) -> Path:
-    "Return the folder of a new run; refuse one inside the folder of images."
-    out = Path(arguments.out or f"runs/{arguments.model}-{Path(source).name}-seed{arguments.seed}")
+# %% ../nbs/cli/cli.ipynb #1f3569ba
+def _refuse_inside(out: Path, source: str) -> None:
+    "Refuse an output inside the folder of images."
     if Path(source).is_dir() and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
-        raise InputError(f"{out} lies inside the folder of images, which would take it for a class: name another one with --out")
+        raise InputError(f"{out} lies inside the folder of images, which would take it for one of them: name another place "
+                         "with --out")
+
+# %% ../nbs/cli/cli.ipynb #016a19d7
+_PICTURES = ".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"
+
+
+def _refuse_file(
+    out: Path,  # the file to write
+    inputs: Iterable[str],  # files that the command reads
+    suffixes: tuple[str, ...] = _PICTURES,
+) -> None:
+    "Refuse an output of an unknown kind, one that cannot be a file, and one that would overwrite an input."
+    if out.suffix.lower() not in suffixes:
+        raise InputError(f"--out must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}" if len(suffixes) > 1 else
+                         f"--out must end in {suffixes[0]}")
+    above = next((folder for folder in out.absolute().parents if folder.exists()), out.absolute())
+    if out.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{out} cannot be written: name another file with --out")
+    for name in inputs:
+        if out.resolve() == Path(name).resolve() or (out.exists() and Path(name).exists() and out.samefile(name)):
+            raise InputError(f"{out} is one of the files to read: name another one with --out")
+
+# %% ../nbs/cli/cli.ipynb #54f42358
+def _resumed_config(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    "Return the configuration of the run that the options resume; None for a new run. Raises `InputError`."
+    from attn_cifar.training.runs import read_config
+
+    if not arguments.resume or arguments.out is None or not Path(arguments.out, "config.json").exists():
+        return None
+    return read_config(arguments.out)
+
+# %% ../nbs/cli/cli.ipynb #a3a17258
+def _complete(
+    arguments: argparse.Namespace,
+    config: dict[str, Any] | None = None,  # of the run to resume
+    start: "Classifier | None" = None,  # network to start from
+) -> None:
+    "Fill in the options that the command line leaves out: those of the run to resume, or the defaults. Raises `InputError`."
+    new: dict[str, Any] = {"model": start.name if start else _MODEL, "data": {"image_size": start.image_size if start else None},
+                           "seed": 0, "deterministic": False, "notes": {"source": "cifar10"}}
+    kept = config or new
+    arguments.data = arguments.data or _recorded(kept)
+    if arguments.data is None:
+        raise InputError("this run does not say where its images came from: give --data")
+    arguments.model = arguments.model or kept["model"]
+    arguments.seed = kept["seed"] if arguments.seed is None else arguments.seed
+    arguments.skip_bad = arguments.skip_bad or bool(kept["notes"].get("skip_bad"))
+    arguments.deterministic = getattr(arguments, "deterministic", False) or kept["deterministic"]
+    arguments.image_size = arguments.image_size or kept["data"]["image_size"] or _image_size(arguments.model)
+
+
+def _image_size(model: str) -> int:
+    "Return the image size that a registered network is made for, height and width in pixels."
+    from attn_cifar.models.registry import MODELS
+
+    return getattr(MODELS.get(model), "image_size", 32)
+
+# %% ../nbs/cli/cli.ipynb #0bc39f67
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    "Return the folder of a run; refuse one inside the folder of images, and images inside what a run replaces."
+    out = Path(arguments.out or f"runs/{arguments.model}-{Path(arguments.data).name}-seed{arguments.seed}")
+    _refuse_inside(out, arguments.data)
+    for part in ("checkpoint", "figures", "tensorboard") if Path(arguments.data).is_dir() else ():
+        if (out / part).resolve() in (Path(arguments.data).resolve(), *Path(arguments.data).resolve().parents):
+            raise InputError(f"the images lie in {out / part}, which a run replaces: name another folder with --out")
     return out
 
 # %% ../nbs/cli/cli.ipynb #0db4e9c9
 def _choose_recipe(
     arguments: argparse.Namespace,
+    config: dict[str, Any] | None = None,  # of the run to resume
 ) -> "tuple[Recipe, bool]":  # whether its max_lr is decided; if not, an LR range test decides
-    "Choose a recipe by model, `--recipe` and the options that change it. Raises `InputError`."
-    import torch
-
-    from attn_cifar.models.registry import create_model
-    from attn_cifar.training.recipes import choose_recipe
+    "Choose a recipe by model or run, `--recipe` and the options that change it. Raises `InputError`."
+    from attn_cifar.models.registry import MODELS, create_model
+    from attn_cifar.training.recipes import Recipe, choose_recipe
 
     changes = {name: value for name in ("epochs", "batch_size") if (value := getattr(arguments, name, None)) is not None}
-    torch.manual_seed(arguments.seed)
-    recipe = choose_recipe(create_model(arguments.model), arguments.recipe, changes)
+    model, own = create_model(arguments.model), MODELS[arguments.model].recipe not in ("plain", "upstream")
+    recipe = choose_recipe(model, arguments.recipe or (Recipe(**config["recipe"]) if config else None), changes)
     max_lr = getattr(arguments, "max_lr", None)
     if max_lr is ...:
-        max_lr = recipe.max_lr if arguments.recipe else None
+        max_lr = recipe.max_lr if own or arguments.recipe or config else None
     return (recipe, False) if max_lr is None else (choose_recipe(None, recipe, {"max_lr": max_lr}), True)
+
+# %% ../nbs/cli/cli.ipynb #66303da6
+def _default_batch_size(
+    images: int,  # for training
+    largest: int,  # the recipe's batch size
+) -> int:
+    "Return the batch size for a number of training images: at least 32 steps per epoch if 8 images or more allow it."
+    return min(largest, 1 << max((images // 32).bit_length() - 1, 3))
+
+# %% ../nbs/cli/cli.ipynb #5cff84a7
+def _set_batch_size(arguments: argparse.Namespace, config: dict[str, Any] | None, recipe: "Recipe", images: int) -> "Recipe":
+    "Adapt the batch size to the number of training images, unless an option or the run to resume has decided; warn of few steps."
+    from dataclasses import replace
+
+    fitting, steps = _default_batch_size(images, recipe.batch_size), -(-images // recipe.batch_size)
+    if config is None and arguments.batch_size is None and arguments.recipe is None:
+        return replace(recipe, batch_size=fitting)
+    if steps < 10 and recipe.batch_size > fitting:
+        _log.warning("an epoch has %d step%s: for %d images, the batch size would be %d without %s", steps, "s" * (steps > 1),
+                     images, fitting, "--recipe" if arguments.batch_size is None else "--batch-size")
+    return recipe
+
+# %% ../nbs/cli/cli.ipynb #e5782608
+def _load_start(
+    arguments: argparse.Namespace,
+    config: dict[str, Any] | None,  # of the run to resume
+) -> "Classifier | None":
+    "Load the network that `--from` names, or None. Raises `InputError`."
+    from attn_cifar.models.registry import MODELS
+    from attn_cifar.predict import load_classifier
+
+    if config and not Path(arguments.out, "checkpoint").exists():  # stopped before its first checkpoint: it begins again
+        arguments.start = arguments.start or config["notes"].get("from")
+    if not isinstance(arguments.start, str):
+        return None
+    start = load_classifier(arguments.start)
+    if start.name not in MODELS:
+        raise InputError(f"{arguments.start} holds a {start.name}, which only its own code can make")
+    if arguments.model not in (None, start.name):
+        raise InputError(f"{arguments.start} is a {start.name}, not a {arguments.model}: leave --model out")
+    return start
+
+# %% ../nbs/cli/cli.ipynb #22c20e93
+def _with_new_head(
+    name: str,  # of a registered network
+    weights: "dict[str, Tensor]",  # its state, trained on any number of classes
+    num_classes: int,
+) -> "nn.Module":
+    "Return a network with trained weights, except those whose shape depends on the number of classes."
+    from attn_cifar.models.registry import create_model
+
+    model = create_model(name, num_classes)
+    fresh, other = model.state_dict(), create_model(name, num_classes + 1).state_dict()
+    model.load_state_dict(fresh | {key: weights[key] for key in fresh if fresh[key].shape == other[key].shape})
+    return model
 
 # %% ../nbs/cli/cli.ipynb #98c76b2f
 def _load_shared(arguments: argparse.Namespace, processes: "Processes") -> "ImageData":
     "Load the images, in the first process before the others."
     loaded: list[ImageData] = []
-    processes.from_first(lambda: loaded.append(_load(arguments, "cifar10")))
-    return loaded[0] if loaded else _load(arguments, "cifar10")
-
-# %% ../nbs/cli/cli.ipynb #0ca0fd3e
-def _warn(arguments: argparse.Namespace, out: Path, images: int, batch_size: int) -> None:
-    "Warn of few steps per epoch, and of a run to resume that does not exist."
-    steps = -(-images // batch_size)
-    if steps < 10:
-        _log.warning("an epoch has %d step%s: batches of %d are large for %d images, and a smaller --batch-size learns more",
-                     steps, "s" * (steps > 1), batch_size, images)
-    if arguments.resume and not (out / "config.json").exists():
-        _log.warning("nothing to resume in %s: a new run begins", out)
+    processes.from_first(lambda: loaded.append(_load(arguments)))
+    return loaded[0] if loaded else _load(arguments)
 
 # %% ../nbs/cli/cli.ipynb #19f15e0a
-def _notes(arguments: argparse.Namespace, source: str) -> dict[str, Any]:
-    "Return what a run records of its command: the words, the source of images, and how to read them."
-    return {"command": shlex.join(["attn-cifar", *arguments.words]),
-            "source": os.path.abspath(source) if Path(source).is_dir() else source, "skip_bad": arguments.skip_bad}
+def _notes(arguments: argparse.Namespace) -> dict[str, Any]:
+    "Return what a run records of its command: the words, the source of images, how to read them, and where its weights began."
+    source = os.path.abspath(arguments.data) if Path(arguments.data).is_dir() else arguments.data
+    start = {}
+    if arguments.start is not None:
+        start["from"] = os.path.abspath(arguments.start) if Path(arguments.start).is_dir() else arguments.start
+    return {"command": shlex.join(["attn-cifar", *arguments.words]), "source": source, "skip_bad": arguments.skip_bad, **start}
 
-# %% ../nbs/cli/cli.ipynb #7c9def59
-def _train(arguments: argparse.Namespace) -> _Result | None:
-    "Train a model, write its run folder and its report."
+# %% ../nbs/cli/cli.ipynb #fd4a59c0
+def _train_and_report(
+    arguments: argparse.Namespace,  # complete
+    out: Path,  # run folder
+    data: "ImageData",
+    recipe: "Recipe",
+    decided: bool,  # False: an LR range test chooses max_lr
+    start: "Classifier | None",  # network to start from
+    processes: "Processes",
+) -> _Result | None:  # None in all processes but the first
+    "Train, then write the report."
     import torch
 
     from attn_cifar.lr_finder.finder import fit_with_suggestion
     from attn_cifar.models.registry import create_model
     from attn_cifar.report.sections import make_report
     from attn_cifar.training.loop import fit
+
+    classes, say = len(data.class_names), processes.rank == 0 and not arguments.json
+    torch.manual_seed(arguments.seed)
+    model = _with_new_head(start.name, start.model.state_dict(), classes) if start else create_model(arguments.model, classes)
+    if say and start is not None:
+        print(_escape(f"starting from {arguments.start}; the last layer is new, for {classes} classes"), flush=True)
+    _progress.info("training" if decided else "choosing a learning rate, then training")
+    run = (fit if decided else fit_with_suggestion)(
+        model, data, recipe=recipe, out=out, resume=arguments.resume, seed=arguments.seed, device=arguments.device,
+        deterministic=arguments.deterministic, verbose=not arguments.json, notes=_notes(arguments))
+    if say:
+        print("writing the report, which measures whether explanations can be believed", flush=True)
+    _progress.info("writing the report")
+    report = processes.from_first(lambda: make_report(out, data))
+    value = {"run": str(out), "report": str(report), "max_lr": run.config["recipe"]["max_lr"],
+             "batch_size": run.config["recipe"]["batch_size"], **run.history[-1]}
+    return _Result(value, _training_lines(value)) if processes.rank == 0 else None
+
+# %% ../nbs/cli/cli.ipynb #7c9def59
+def _train(arguments: argparse.Namespace) -> _Result | None:
+    "Train a model, write its run folder and its report."
     from attn_cifar.training.processes import join_processes
     from attn_cifar.training.runs import refuse_other_run
 
-    source = arguments.data or "cifar10"
-    out = _run_folder(arguments, source)
     processes = join_processes(arguments.device)
+    config = processes.from_first(lambda: _resumed_config(arguments))
+    start = _load_start(arguments, config)
+    _complete(arguments, config, start)
+    out = _run_folder(arguments)
     processes.from_first(lambda: refuse_other_run(out, arguments.resume))
-    recipe, decided = _choose_recipe(arguments)
-    data, first = _load_shared(arguments, processes), processes.rank == 0
-    if first:
-        _warn(arguments, out, len(data.train_labels), recipe.batch_size)
-    torch.manual_seed(arguments.seed)
-    model, train = create_model(arguments.model, len(data.class_names)), fit if decided else fit_with_suggestion
-    run = train(model, data, recipe=recipe, out=out, resume=arguments.resume, seed=arguments.seed, device=arguments.device,
-                deterministic=arguments.deterministic, verbose=not arguments.json, notes=_notes(arguments, source))
-    if first and not arguments.json:
-        print("writing the report, which measures whether explanations can be believed", flush=True)
-    report = processes.from_first(lambda: make_report(out, data))
-    value = {"run": str(out), "report": str(report), "max_lr": run.config["recipe"]["max_lr"], **run.history[-1]}
-    return _Result(value, _training_lines(value)) if first else None  # the other processes print nothing
+    if arguments.resume and config is None and processes.rank == 0 and not (out / "config.json").exists():
+        _log.warning("nothing to resume in %s: a new run begins", out)
+    recipe, decided = _choose_recipe(arguments, config)
+    data = _load_shared(arguments, processes)
+    recipe = _set_batch_size(arguments, config, recipe, len(data.train_labels))
+    return _train_and_report(arguments, out, data, recipe, decided, start, processes)
 
 # %% ../nbs/cli/cli.ipynb #54641c66
 def _training_lines(value: dict[str, Any]) -> Iterator[str]:
     "Describe a finished run."
-    yield (f"test accuracy {value['test_accuracy']:.2%} after {value['epoch']:.0f} epochs, max_lr {value['max_lr']:.3g}\n"
-           f"report: {value['report']}")
+    yield (f"test accuracy {value['test_accuracy']:.2%} after {value['epoch']:.0f} epochs, max_lr {value['max_lr']:.3g}, "
+           f"batch size {value['batch_size']}")
+    yield f"report: {value['report']}"
 
 # %% ../nbs/cli/cli.ipynb #5703f007
 def _find_lr(arguments: argparse.Namespace) -> _Result:
@@ -244,11 +535,15 @@ def _find_lr(arguments: argparse.Namespace) -> _Result:
     from attn_cifar.lr_finder.finder import find_lr
     from attn_cifar.models.registry import create_model
 
-    if arguments.out and Path(arguments.out).suffix.lower() not in (".png", ".svg", ".pdf", ".jpg"):
-        raise InputError(f"--out must end in .png, .svg, .pdf or .jpg, not {arguments.out!r}")
+    _complete(arguments)
+    if arguments.out:
+        _refuse_file(Path(arguments.out), [], (".png", ".svg", ".pdf", ".jpg"))
+        _refuse_inside(Path(arguments.out), arguments.data)
     recipe, _ = _choose_recipe(arguments)
-    data = _load(arguments, "cifar10")
+    data = _load(arguments)
+    recipe = _set_batch_size(arguments, None, recipe, len(data.train_labels))
     torch.manual_seed(arguments.seed)
+    _progress.info("LR range test")
     result = find_lr(create_model(arguments.model, len(data.class_names)), data, recipe=recipe, seed=arguments.seed,
                      device=arguments.device)
     if arguments.out:
@@ -279,6 +574,7 @@ def _evaluate(arguments: argparse.Namespace) -> _Result:
 
     run = load_run(arguments.run)
     model, data = run.need_model(), _run_data(arguments, run.config)
+    _progress.info("measuring on the test images")
     evaluation = evaluate(model, data, precision=run.config["engine"]["precision"])
     value = {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "images": len(evaluation.labels),
              "calibration_error": evaluation.calibration_error,
@@ -324,48 +620,66 @@ def _explain(arguments: argparse.Namespace) -> _Result:
 
     from attn_cifar.predict import explain_images, load_classifier
 
-    classifier, out = load_classifier(arguments.model), Path(arguments.out or "explanation.png")
-    _check_picture(out, arguments.images)
+    pages = _pages(Path(arguments.out or "explanation.png"), len(arguments.images))
+    for page in pages:
+        _refuse_file(page, arguments.images)
+        if Path(arguments.model, "figures").resolve() in page.resolve().parents:
+            raise InputError(f"{page} lies among the figures of the run: name another file with --out")
+    classifier = load_classifier(arguments.model)
+    _progress.info("reading images")
     images = classifier.read(arguments.images)[1]
+    _progress.info(f"explaining {len(images)} image{'s' * (len(images) > 1)} and testing the maps")
     explanations, judged = explain_images(classifier, images, arguments.layers == "all")
-    files = _draw_explanations(out, classifier, images, explanations, [measured.verdict for measured in judged])
+    _progress.info("drawing")
+    _draw_explanations(pages, arguments.images, classifier, images, explanations, [measured.verdict for measured in judged])
     classes = [classifier.class_names[int(target)] for target in explanations[0].targets]
-    value = {"files": files, "classes": list(zip(arguments.images, classes, strict=True)),
+    value = {"files": [str(page) for page in pages], "classes": list(zip(arguments.images, classes, strict=True)),
              "maps": [{**asdict(measured), "verdict": measured.verdict} for measured in judged]}
     return _Result(value, _explanation_lines(value, explanations[0].probabilities.tolist(), judged))
 
-# %% ../nbs/cli/cli.ipynb #c1ff67e5
-def _check_picture(out: Path, images: Sequence[str]) -> None:
-    "Refuse a picture of an unknown kind, or one that would overwrite an image."
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"):
-        raise InputError(f"--out must be a picture: .png, .jpg, .webp, .pdf or .svg, not {out.name}")
-    if any(out.resolve() == Path(name).resolve() for name in images):
-        raise InputError(f"{out} is one of the images: name another file with --out")
+
+def _pages(out: Path, images: int) -> list[Path]:
+    "Name the files for a number of images: FILE.png, FILE-2.png and so on."
+    return [out if page == 0 else out.with_stem(f"{out.stem}-{page + 1}") for page in range(-(-images // _COLUMNS))]
 
 # %% ../nbs/cli/cli.ipynb #f5b6da05
 def _draw_explanations(
-    out: Path,  # the first file
+    pages: list[Path],  # files to write
+    paths: list[str],  # image files
     classifier: "Classifier",
-    images: Any,  # float (B, 3, H, W), normalized
+    images: "Tensor",  # float (B, 3, H, W), normalized
     explanations: Sequence[Any],  # as `explain` returns them
     verdicts: list[str],  # one per explanation
-) -> list[str]:
-    "Draw explanations, five images per file; return the names of the files."
+) -> None:
+    "Draw explanations over the photographs, five per file, with the network's input small in the corner."
     from dataclasses import replace
 
+    from attn_cifar.predict import read_photographs
     from attn_cifar.visualization.plots import plot_explanations
 
-    files = []
-    for start in range(0, len(images), _COLUMNS):
-        part = slice(start, start + _COLUMNS)
+    for number, page in enumerate(pages):
+        part = slice(number * _COLUMNS, (number + 1) * _COLUMNS)
         shown = [replace(explanation, **{name: getattr(explanation, name)[part] for name in ("maps", "targets", "probabilities")})
                  for explanation in explanations]
-        path = out if start == 0 else out.with_stem(f"{out.stem}-{start // _COLUMNS + 1}")
-        figure = plot_explanations(shown, images[part], classifier, max_layers=len(shown), verdicts=verdicts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-        files.append(str(path))
-    return files
+        photographs = read_photographs(classifier, paths[part])
+        figure: Any = plot_explanations(shown, photographs, classifier, max_layers=len(shown), verdicts=verdicts)
+        if photographs.shape[2] > classifier.image_size:
+            _add_inputs(figure.axes, classifier.read(paths[part])[0])
+        page.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(page, dpi=160)
+
+# %% ../nbs/cli/cli.ipynb #39324ab1
+def _add_inputs(
+    panels: list[Any],  # axes, those of the photographs first
+    inputs: "np.ndarray",  # uint8 (B, H, W, 3): what the network sees
+) -> None:
+    "Add each network input small to the corner of its photograph."
+    for ax, pixels in zip(panels, inputs, strict=False):
+        corner = ax.inset_axes((0.66, 0.0, 0.34, 0.34))
+        corner.imshow(pixels, interpolation="nearest")
+        corner.set(xticks=[], yticks=[])
+        corner.spines[:].set(visible=True, color="white")
+    panels[0].set_ylabel("photograph, and\nwhat the network sees", fontsize=8)
 
 # %% ../nbs/cli/cli.ipynb #9d0a5fe0
 def _explanation_lines(
@@ -401,12 +715,36 @@ def _study(arguments: argparse.Namespace) -> None:
 
 # %% ../nbs/cli/cli.ipynb #9a3a5a66
 def _report(arguments: argparse.Namespace) -> _Result:
-    "Write a run's report again."
+    "Write a run's report again, or a page that compares several runs."
     from attn_cifar.report.sections import make_report
     from attn_cifar.training.runs import load_run
 
-    report = str(make_report(arguments.run, _run_data(arguments, load_run(arguments.run).config)))
+    if len(arguments.runs) > 1:
+        return _compare(arguments)
+    if arguments.out is not None:
+        raise InputError("--out is for the comparison of several runs; the report of one lies in its folder")
+    run = load_run(arguments.runs[0])
+    data = _run_data(arguments, run.config)
+    _progress.info("writing the report")
+    report = str(make_report(run, data))
     return _Result({"report": report}, [report])
+
+# %% ../nbs/cli/cli.ipynb #32cb10bf
+def _compare(arguments: argparse.Namespace) -> _Result:
+    "Write a page that compares several runs."
+    from attn_cifar import report
+    from attn_cifar.training.runs import load_run
+
+    make_comparison: Any = getattr(report, "make_comparison", None)
+    if make_comparison is None:
+        raise InputError("this version writes the report of one run at a time")
+    if arguments.out is not None:
+        _refuse_file(Path(arguments.out), [str(Path(run, "report.html")) for run in arguments.runs], (".html",))
+    runs = [load_run(run) for run in arguments.runs]
+    data = _run_data(arguments, runs[0].config)
+    _progress.info("comparing the runs")
+    page = str(make_comparison(runs, data, arguments.out))
+    return _Result({"report": page}, [page])
 
 # %% ../nbs/cli/cli.ipynb #57e0acf0
 def _models(arguments: argparse.Namespace) -> _Result:
@@ -425,14 +763,14 @@ def _model_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 # %% ../nbs/cli/cli.ipynb #f3e8448a
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], _Result | None], tuple[str, ...]]] = {
-    "train": (_train, ("--model", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
+    "train": (_train, ("--model", "--from", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
                        "--deterministic", "--device", *_SOURCE, "--json")),
     "find-lr": (_find_lr, ("--model", "--recipe", "--batch-size", "--seed", "--out", "--device", *_SOURCE, "--json")),
     "evaluate": (_evaluate, ("--data", "--skip-bad", "--json", "run")),
     "predict": (_predict, ("--json", "model", "images", "--top")),
     "explain": (_explain, ("--json", "model", "images", "--picture", "--layers")),
     "app": (_app, ("model", "--port")),
-    "report": (_report, ("--data", "--skip-bad", "--json", "run")),
+    "report": (_report, ("--data", "--skip-bad", "--page", "--json", "runs")),
     "models": (_models, ("--json",)),
     "study": (_study, ("--data", "--out", "name")),
 }
@@ -454,43 +792,81 @@ def make_parser() -> argparse.ArgumentParser:
 def _run_words(words: list[str]) -> int:
     "Run a command line and print its result; return the exit code."
     try:
-        arguments = make_parser().parse_args(words)
-        arguments.words = words
-        _print_result(arguments.function(arguments), getattr(arguments, "json", False))
-        sys.stdout.flush()
-        return 0
+        return _run_command(words)
     except InputError as error:
         return _print_error(str(error), 2)
     except FloatingPointError as error:
         return _print_error(f"training stopped: {error}", 1)
     except BrokenPipeError:  # the reader of the output has gone, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
     except ConnectionError as error:
         return _print_error(f"{error}; start all processes again with --resume", 1)
     except OSError as error:  # a full disk, a missing permission
+        _discard_output()
         return _print_error(str(error), 1)
     except KeyboardInterrupt as request:
         return _print_error("stopped; train with --resume to continue from the last checkpoint",
                             143 if "SIGTERM" in request.args else 130)
 
+# %% ../nbs/cli/cli.ipynb #1457141c
+def _run_command(words: list[str]) -> int:
+    "Run a command line, print its result, and write out what the output stream holds back; return the exit code."
+    try:
+        arguments = make_parser().parse_args(words)
+        arguments.words, as_json = words, getattr(arguments, "json", False)
+        with _reporting(as_json):
+            _print_result(arguments.function(arguments), as_json)
+        return 0
+    finally:  # --help exits, too
+        if sys.stdout is not None:
+            sys.stdout.flush()
 
+# %% ../nbs/cli/cli.ipynb #7a68d0cf
 def _print_error(message: str, code: int) -> int:
     "Print one line on the error stream; return the exit code."
-    print(f"attn-cifar: {message}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"attn-cifar: {_escape(message)}", file=sys.stderr)
     return code
 
+
+def _discard_output() -> None:
+    "Discard what cannot be written any more to the output stream, so that Python does not complain about it when it ends."
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # not a stream of the system
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 # %% ../nbs/cli/cli.ipynb #76578450
+class _Notes(logging.Handler):
+    "Handler that prints each note once, as one line on the error stream."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.printed: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = _escape(record.getMessage())
+        if text not in self.printed:
+            self.printed.add(text)
+            with suppress(OSError):
+                print(f"attn-cifar: note: {text}", file=sys.stderr)
+
+# %% ../nbs/cli/cli.ipynb #9862cc68
 def main(
     words: Sequence[str] | None = None,  # None: the words of the process's own command line
 ) -> int:  # the exit code
     "Run a command line."
+    _limit_spinning()
     first = os.environ.get("RANK", "0") == "0"  # the only process that prints notes, of those that torchrun started
-    logging.basicConfig(format="attn-cifar: note: %(message)s", level=logging.WARNING if first else logging.ERROR)
+    notes = _Notes()
+    logging.basicConfig(handlers=[notes], level=logging.WARNING if first else logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may contain what the terminal cannot show
     code = _run_words(list(sys.argv[1:] if words is None else words))
+    logging.getLogger().removeHandler(notes)  # the next command prints its notes again
     if os.environ.get("WORLD_SIZE", "1") != "1":
         from attn_cifar.training.processes import leave_processes
 
