@@ -27,6 +27,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .core import InputError
+from .data.folders import open_image
 from .data.images import unnormalize
 from .explain.faithfulness import Faithfulness, blurred
 from .explain.maps import Explanation
@@ -86,7 +87,7 @@ def _photograph(classifier: Classifier, path: str) -> np.ndarray:  # uint8 (S, S
 
 def _whole(photograph: np.ndarray, path: str) -> np.ndarray:  # uint8 (H, W, 3)
     "Read a whole photograph, upright and reduced; one with unusual pixels gives the square `photograph` instead."
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if image.mode not in ("RGB", "L", "CMYK", "YCbCr"):
             return photograph
         upright = ImageOps.exif_transpose(image)
@@ -152,7 +153,7 @@ def answer(
                _figure(pixels[0], "What the network sees", size)]
     figures += [_explained(photograph, *pair) for pair in zip(explanations, judged, strict=True)]
     words = [_sentence(classifier, probabilities), _reason(classifier, images, explanations[0])]
-    with Image.open(path) as picture:
+    with open_image(path) as picture:
         words += ["Of its several frames, this is the first."] if getattr(picture, "is_animated", False) else []
     named = dict(zip(classifier.class_names, probabilities.tolist(), strict=True))
     return named, f'<div style="{_GRID}">{"".join(figures)}</div>', " ".join(words)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .core import InputError
-from .data.folders import read_image
+from .data.folders import open_image, read_image
 from .data.images import normalize
 from .explain.faithfulness import Faithfulness, check_explanations
 from .explain.maps import Explanation, explain
@@ -74,6 +74,8 @@ def load_classifier(
         if (stored := shipped / "confusion.csv").exists():
             confusion = torch.tensor([[int(count) for count in row.values()] for row in read_csv(stored)])
     class_names, mean, std = (tuple(config["data"][key]) for key in ("class_names", "mean", "std"))
+    if not isinstance(config["data"]["image_size"], int):
+        raise InputError(f"{name} was trained on images that are not square: call its model in Python, load_run({str(name)!r}).model")
     return Classifier(config["model"], model, class_names, mean, std, config["data"]["image_size"], confusion)
 
 # %% ../nbs/09_your_own_images.ipynb #2bb48f2f
@@ -109,7 +111,7 @@ def read_size(
 ) -> tuple[int, int]:
     "Return width and height of an image file in pixels. Raises `InputError`."
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable image ({error})") from error

@@ -268,7 +268,7 @@ def _save(figure: Any, path: Path, tb_writer: "SummaryWriter | None" = None, tag
 
     figure.savefig(path, dpi=90, pil_kwargs={"quality": 75})
     if tb_writer is not None:
-        tb_writer.add_image(tag, np.asarray(Image.open(path)), 0, dataformats="HWC")
+        tb_writer.add_image(tag, np.asarray(Image.open(path, formats=("JPEG", "PNG"))), 0, dataformats="HWC")
     if "IPython" in sys.modules:
         from IPython import display, get_ipython
 

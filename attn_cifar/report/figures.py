@@ -197,5 +197,5 @@ def log_figures(
         for path in (folder / "figures" / f"{name}.png" for name in sorted(FIGURES)):
             if path.is_symlink() or not path.is_file():
                 continue  # not drawn, or not by us; opening a named pipe would block
-            with Image.open(path) as picture:
+            with Image.open(path, formats=("PNG",)) as picture:
                 writer.add_image(f"figures/{path.stem}", np.asarray(picture.convert("RGB")), epochs, dataformats="HWC")

@@ -28,9 +28,10 @@ def remake_command(
 ) -> str | None:
     "Return the shell command that repeats a run, or None if the command line has no option for one of its settings."
     config, (recipe, changes) = run.config, _nearest_recipe(run)
-    if config["model"] not in MODELS or not set(changes) <= {"epochs", "batch_size", "max_lr"}:
-        return None
     size = config["data"]["image_size"]
+    if config["model"] not in MODELS or not set(changes) <= {"epochs", "batch_size", "max_lr"} or not isinstance(size, int) \
+            or config.get("continued"):
+        return None
     options = {"data": config["data"]["name"], **({"image-size": size} if size != 32 else {}), "model": config["model"],
                "recipe": recipe, **{name.replace("_", "-"): repr(value) for name, value in changes.items()},
                "max-lr": config["recipe"]["max_lr"],  # without it, the command would search for one
@@ -45,7 +46,7 @@ def remake_python(
     "Return the Python code that repeats a run."
     config, (recipe, changes) = run.config, _nearest_recipe(run)
     images, known = config["data"], config["model"] in MODELS
-    size = f", image_size={images['image_size']}" if images["image_size"] != 32 else ""
+    size = f", image_size={images['image_size']}" if images["image_size"] != 32 else ""  # (load_data makes squares only)
     create = f"create_model({config['model']!r}, {len(images['class_names'])})" if known else \
         f"...  # your {config['model']} with {config['parameters']:,} parameters"
     exact = {"seed": config["seed"], "deterministic": config["deterministic"], **config["engine"],

@@ -23,7 +23,7 @@ from ..data.images import ImageData, unnormalize
 from ..explain.faithfulness import Faithfulness, check_explanations
 from ..explain.maps import METHOD_NAMES, METHODS, Explanation
 from ..files import write_text
-from ..models.inspection import count_macs
+from ..models.inspection import count_macs, height_and_width
 from .chart import MAX_MATRIX, Chart, Matrix
 from .figures import SHOWN, RunResults, log_figures, need_own_folder, save_figures
 from .page import Picture, Score, Section, Table, embed_image, percent, render_page
@@ -86,8 +86,8 @@ def _overview(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 def _describe_images(results: RunResults) -> str:
     "Name the network, the images and the number of classes."
     config, classes = results.run.config, len(results.data.class_names)
-    size = config["data"]["image_size"]
-    return f"{config['model']} on {results.data.name}: images of {size}×{size} pixels in {classes:,} classes."
+    height, width = height_and_width(config["data"]["image_size"])
+    return f"{config['model']} on {results.data.name}: images of {height}×{width} pixels in {classes:,} classes."
 
 # %% ../../nbs/report/sections.ipynb #a5efbf88
 def _effort(run: Run) -> list[tuple[str, str]]:
@@ -405,6 +405,7 @@ def _make_sections(results: RunResults, pictures: Mapping[str, Picture]) -> tupl
 # %% ../../nbs/report/sections.ipynb #920dcba5
 def check_data(run: Run, data: ImageData) -> None:
     "Raise `InputError` for a run without a folder, and for images that are not the run's."
+    data.check()
     if run.folder is None:
         raise InputError("this run was not stored, so its report has no place: train with fit(..., out=FOLDER)")
     name = run.config["data"]["name"]

@@ -38,7 +38,8 @@ _log = logging.getLogger("attn_cifar")
 
 # %% ../../nbs/04_training.ipynb #65034787
 def check_output(model: nn.Module, data: ImageData) -> None:
-    "Raise `InputError` for a model that does not return one logit per class, in evaluation mode and in training mode."
+    "Raise `InputError` for bad images, and for a model that does not return one logit per class in either mode."
+    data.check()
     (height, width), classes = data.train_images.shape[1:3], len(data.class_names)
     for training in (False, True):
         shape = _output_shape(model, data, 2, training)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..core import InputError
 from ..explain.watch import undisturbed
 from ..models.blocks import SimilarityAttention, Ultimus
-from ..models.inspection import unwrap
+from ..models.inspection import height_and_width, unwrap
 from .style import new_axes, styled
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def _between(calls: list[list[Any]], following: torch.Tensor) -> tuple[str, int 
     return "?", None
 
 # %% ../../nbs/visualization/diagram.ipynb #7508c9c1
-def _record_calls(model: nn.Module, image_size: int) -> list[list[Any]]:
+def _record_calls(model: nn.Module, image_size: int | Sequence[int]) -> list[list[Any]]:
     "Run one random image through a network; return name, module, input and output of each call. Raises `InputError`."
+    height, width = height_and_width(image_size)
     calls: list[list[Any]] = []
     handles: list[RemovableHandle] = []
     like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.zeros(0))
@@ -106,10 +107,10 @@ def _record_calls(model: nn.Module, image_size: int) -> list[list[Any]]:
             for name, module in _parts(model):
                 record_input, record_output = _call_recorder(name, calls)
                 handles += [module.register_forward_pre_hook(record_input), module.register_forward_hook(record_output)]
-            model(torch.rand(1, 3, image_size, image_size).to(like.device, like.dtype))
+            model(torch.rand(1, 3, height, width).to(like.device, like.dtype))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"the model takes no {image_size}×{image_size} images, pass image_size= ({reason})") from error
+        raise InputError(f"the model takes no {height}×{width} images, pass image_size= ({reason})") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -118,7 +119,7 @@ def _record_calls(model: nn.Module, image_size: int) -> list[list[Any]]:
 # %% ../../nbs/visualization/diagram.ipynb #9ba138e5
 def trace_network(
     model: nn.Module,  # any network that takes images (B, 3, H, W); it stays unchanged
-    image_size: int = 32,  # side in pixels
+    image_size: int | Sequence[int] = 32,  # side, or height and width, in pixels
 ) -> list[NetworkPart]:
     "List the parts of `model` in the order in which they run, from a forward pass with one random image. Raises `InputError`."
     calls = _record_calls(unwrap(model), image_size)
@@ -285,7 +286,7 @@ def draw_network(
 @styled
 def plot_network(
     model: nn.Module,  # any network that takes images (B, 3, H, W); it stays unchanged
-    image_size: int = 32,  # side in pixels
+    image_size: int | Sequence[int] = 32,  # side, or height and width, in pixels
     ax: "Axes | None" = None,  # None: a new one, higher for more parts
 ) -> "Axes":
     "Draw the network from top to bottom: its parts with parameters, the shapes between them, residuals beside them."

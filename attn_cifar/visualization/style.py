@@ -59,7 +59,7 @@ def _png(figure: "Figure") -> bytes:
     figure.savefig(buffer, format="png")
     if buffer.tell() < MAX_STORED:
         return buffer.getvalue()
-    full = Image.open(buffer).convert("RGB")
+    full = Image.open(buffer, formats=("PNG",)).convert("RGB")
     reduced = full.quantize(256)
     colors = np.array(reduced.getpalette()).reshape(-1, 3)
     colors[colors.sum(1).argmax()] = 255  # the background stays white
