@@ -79,7 +79,7 @@ def _wrong_evaluation(logits: Any, labels: Any, class_names: Any) -> str:
 # %% ../../nbs/05_evaluation.ipynb #04b5b81f
 @dataclass(frozen=True)
 class Evaluation:
-    "Logits of a model on labelled images, and what follows from them."
+    "Logits of a model on labeled images, and what follows from them."
     logits: Tensor  # float32 (N, C)
     labels: Tensor  # int64 (N,)
     class_names: tuple[str, ...]
