@@ -31,7 +31,8 @@ FAULTS = {  # what is wrong: file, text, replacement
 def failures(folder: str | Path, *words: str) -> list[str]:
     """Return the tests that fail with the package in a folder."""
     tests = [str(ROOT / "tests" / name) for name in ("test_devices.py", "test_cuda.py")]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *words, *tests],
+    done = subprocess.run([sys.executable, "-m",
+        "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *words, *tests],
                           env={**os.environ, "PYTHONPATH": str(folder)}, cwd=ROOT / "tests", capture_output=True, text=True)
     return [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
 
