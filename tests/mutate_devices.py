@@ -14,11 +14,13 @@ FAULTS = {  # what is wrong: file, text, replacement
     "a CPU generator for a GPU tensor": (
         "data/augmentation.py", "torch.rand(8, count, generator=generator)",
         "torch.rand(8, count, generator=generator, device='cuda' if torch.cuda.is_available() else 'cpu')"),
-    ".numpy() of a GPU tensor": ("training/log.py", "gathered[:len(self.sizes)].tolist()", "gathered[:len(self.sizes)].numpy().tolist()"),
+    ".numpy() of a GPU tensor": (
+        "training/log.py", "gathered[:len(self.sizes)].tolist()", "gathered[:len(self.sizes)].numpy().tolist()"),
     "a model that is not moved": ("training/loop.py", "model.to(engine.device)", "model.to('cpu')"),
     "a blocking .item() in every step": ("training/loop.py", "loss = loss.detach()", "loss = loss.item()"),
     "labels left on the CPU": (
-        "data/batches.py", "_send(self.labels.index_select(0, where), self.device)", "self.labels.index_select(0, where).cpu()"),
+        "data/batches.py", "_send(self.labels.index_select(0, where), self.device)",
+        "self.labels.index_select(0, where).cpu()"),
     "a state restored to the wrong device": (
         "training/log.py", 'self.losses.copy_(state["losses"] * first)', 'self.losses = state["losses"].cpu() * first'),
     "a scaler that is not saved": ("training/loop.py", "scaler=trainer.scaler, ", ""),
@@ -29,7 +31,8 @@ FAULTS = {  # what is wrong: file, text, replacement
 def failures(folder: str | Path, *words: str) -> list[str]:
     """Return the tests that fail with the package in a folder."""
     tests = [str(ROOT / "tests" / name) for name in ("test_devices.py", "test_cuda.py")]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *words, *tests],
+    done = subprocess.run([sys.executable, "-m",
+        "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *words, *tests],
                           env={**os.environ, "PYTHONPATH": str(folder)}, cwd=ROOT / "tests", capture_output=True, text=True)
     return [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
 

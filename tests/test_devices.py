@@ -11,7 +11,7 @@ from simulated_gpu import simulated_gpu
 from attn_cifar.data import Augmentation, Batches, load_data
 from attn_cifar.models import create_model
 from attn_cifar.studies import speed
-from attn_cifar.training import RECIPES, BatchLoss, Engine, Muon, choose_recipe
+from attn_cifar.training import BatchLoss, Engine, Muon, choose_recipe
 from attn_cifar.training.loop import Checkpoints, Trainer
 from attn_cifar.training.runs import Run
 
