@@ -1,4 +1,4 @@
-# `make run` trains the two first networks on the built-in images; `make test` is everything CI checks.
+# `make run` trains two networks of one size on the built-in images; `make test` is everything CI checks.
 # Both make .venv once, with pip alone. Another interpreter: make run PYTHON=/path/to/python3.12
 PYTHON ?= python3
 BIN := .venv/bin

@@ -15,8 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "nbs" / "studies" / "results" / "notebooks.json"
+# What a notebook imports, and the package it is in. Newer versions of onnx would replace Colab's protobuf.
 EXTRAS = {"timm": "timm", "pytorch_grad_cam": "grad-cam", "captum": "captum", "torch_lr_finder": "torch-lr-finder",
-          "hypothesis": "hypothesis", "gradio": "gradio", "onnxruntime": "onnx onnxruntime onnxscript"}  # what a notebook imports
+          "hypothesis": "hypothesis", "gradio": "gradio", "onnxruntime": '"onnx<1.23" onnxruntime onnxscript'}
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link}) {words}"
 CELL = """#| hide
 # On Colab: install the package (Colab's own torch stays) and use CIFAR-10; elsewhere this does nothing.
@@ -24,8 +25,15 @@ import os
 from importlib.util import find_spec
 
 if find_spec("google") and find_spec("google.colab"):
-    %pip install -q --find-links . {packages}
+{install}
     os.environ.setdefault("ATTN_CIFAR_DATA", "cifar10")"""
+FROM_GIT = """    %pip install -q "attn_cifar @ git+{address}" {extras}"""
+FROM_WHEEL = """    from glob import glob  # a wheel by its path, never a package by its name: anybody could register that
+
+    if wheels := sorted(glob("./attn_cifar-*.whl")):
+        %pip install -q {{wheels[-1]}} {extras}
+    elif not find_spec("attn_cifar"):
+        print("attn_cifar is missing: upload its wheel (python -m build --wheel) beside this notebook and run this cell again")"""
 
 
 def notebooks() -> list[Path]:
@@ -40,19 +48,27 @@ def place_of(path: Path) -> str:
     return path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
 
 
-def head_of(path: Path, cells: list[dict]) -> tuple[str, str]:
-    """Return the text with the badge and the first code cell of a notebook."""
+def read_settings() -> tuple[str, str]:
+    """Return the repository's address, empty if it has none, and its branch."""
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini", encoding="utf-8")
-    address = settings["DEFAULT"]["git_url"].removeprefix("https://github.com/").strip("/")  # empty: Colab asks for the file
-    link = f"https://colab.research.google.com/github/{address}/blob/main/{path.relative_to(ROOT).as_posix()}" if address else (
-        "https://colab.research.google.com")
+    return settings["DEFAULT"]["git_url"].strip().rstrip("/"), settings["DEFAULT"]["branch"].strip()
+
+
+def head_of(path: Path, cells: list[dict], git_url: str, branch: str = "main") -> tuple[str, str]:
+    """Return the text with the badge and the first code cell of a notebook."""
+    repository = git_url.removeprefix("https://github.com/").removesuffix(".git")
+    link = "https://colab.research.google.com"  # it asks for the file
+    if git_url:
+        link += f"/github/{repository}/blob/{branch}/{path.relative_to(ROOT).as_posix()}"
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     wanted = [package for module, package in EXTRAS.items() if re.search(rf"^\s*(import|from) {module}\b", source, re.MULTILINE)]
     seconds = json.loads(TIMES.read_text(encoding="utf-8"))["seconds"].get(place_of(path)) if TIMES.exists() else None
     words = "" if seconds is None else (
         f"{say(seconds)} on a CPU.")
-    return BADGE.format(link=link, words=words).strip(), CELL.format(packages=" ".join(["attn_cifar", *wanted]))
+    install = FROM_GIT if git_url else FROM_WHEEL
+    lines = install.format(address=f"{git_url.removesuffix('.git')}.git@{branch}", extras=" ".join(wanted)).splitlines()
+    return BADGE.format(link=link, words=words).strip(), CELL.format(install="\n".join(line.rstrip() for line in lines))
 
 
 def say(seconds: float) -> str:
@@ -65,7 +81,7 @@ def stamp(path: Path) -> bool:
     before = path.read_text(encoding="utf-8")
     notebook = json.loads(before)
     cells = [cell for cell in notebook["cells"] if cell["id"] not in ("colab-badge", "colab-cell")]
-    text, code = head_of(path, cells)
+    text, code = head_of(path, cells, *read_settings())
     head = [{"cell_type": "markdown", "id": "colab-badge", "metadata": {}, "source": text.splitlines(True)},
             {"cell_type": "code", "execution_count": None, "id": "colab-cell", "metadata": {}, "outputs": [],
              "source": code.splitlines(True)}]
@@ -77,7 +93,7 @@ def stamp(path: Path) -> bool:
     return after != before
 
 
-def imitate(data: str, python: str) -> None:
+def imitate(data: str, python: str, versions: Path | None = None) -> None:
     """Execute the notebooks, alone and in their order, as Colab would; store how long each takes. Needs the network for pip."""
     with tempfile.TemporaryDirectory() as folder:
         home, alone = Path(folder), Path(folder) / "content"
@@ -88,11 +104,13 @@ def imitate(data: str, python: str) -> None:
         run = partial(subprocess.run, check=True)
         run([python, "-m", "venv", str(home / "venv")])
         colab = [str(home / "venv" / "bin" / "python"), "-m"]
-        run([*colab, "pip", "install", "-q", "torch", "torchvision", "nbconvert", "ipykernel"])  # Colab has them
+        run([*colab, "pip", "install", "-q", "torch", "torchvision", "nbconvert", "ipykernel",  # Colab has them
+             *(["-r", str(versions.resolve())] if versions else [])])
         run([*colab, "pip", "wheel", "-q", "--no-deps", "-w", str(home / "wheels"), str(copy)])
-        torch = run([colab[0], "-c", "import torch; print(torch.__version__)"], capture_output=True).stdout
+        shutil.copy(next((home / "wheels").glob("attn_cifar-*.whl")), alone)
+        before = run([*colab, "pip", "freeze"], capture_output=True, text=True).stdout.splitlines()
         environment = {**os.environ, "PYTHONPATH": str(home / "site"), "ATTN_CIFAR_DATA": data, "HOME": str(home),
-                       "PIP_FIND_LINKS": str(home / "wheels"), "PATH": f"{home / 'venv' / 'bin'}:{os.environ['PATH']}"}
+                       "PATH": f"{home / 'venv' / 'bin'}:{os.environ['PATH']}"}
         found: dict[str, float] = {}
         for path in notebooks():
             shutil.copy(path, alone)
@@ -101,8 +119,9 @@ def imitate(data: str, python: str) -> None:
                 env=environment)
             found[place_of(path)] = round(time.perf_counter() - started, 1)
             print(place_of(path), found[place_of(path)], flush=True)
-        after = run([colab[0], "-c", "import torch; print(torch.__version__)"], capture_output=True).stdout
-        assert after == torch, "the notebooks replaced the torch that was there"
+        after = run([*colab, "pip", "freeze"], capture_output=True, text=True).stdout.splitlines()
+        changed = set(before) - set(after)
+        assert not changed, f"the notebooks replaced what was there: {sorted(changed)}"
         shutil.copytree(alone, ROOT / "build" / "colab", dirs_exist_ok=True, ignore=lambda _, names: [
             name for name in names if not name.endswith(".ipynb")])
     stored = {"command": "python .github/colab.py --try", "data": Path(data).name, "seconds": found}
@@ -113,8 +132,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--try", action="store_true", dest="attempt", help="execute all notebooks in an imitated Colab")
     parser.add_argument("--data", default="cifar10", help="a source of images, as for attn-cifar train")
+    parser.add_argument("--versions", type=Path, help="a list of Colab's versions, as pip freeze prints it, to install first")
     parser.add_argument("--python", default=sys.executable, help="the interpreter to imitate Colab with")
     arguments = parser.parse_args()
     if arguments.attempt:
-        imitate(arguments.data, arguments.python)
+        imitate(arguments.data, arguments.python, arguments.versions)
     print(f"{sum(map(stamp, notebooks()))} notebooks changed")

@@ -148,7 +148,8 @@ def write_source(folder: Path) -> None:
         for name in re.findall(r"#\|\s*default_exp ([\w.]+)", path.read_text(encoding="utf-8")):
             origins[name] = place.as_posix()
     package = ROOT / "attn_cifar"
-    modules = sorted({path.stem for path in package.glob("[a-z]*.py")} | {path.parent.name for path in package.glob("*/__init__.py")})
+    modules = {path.stem for path in package.glob("[a-z]*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    modules = sorted(modules)
     (folder / "api").mkdir()
     for module in modules:
         (folder / "api" / f"{module}.md").write_text(api_page(module, origins), encoding="utf-8")
@@ -156,8 +157,8 @@ def write_source(folder: Path) -> None:
     home = re.sub(r"\[(`tests/[^\]]+)\]\([^)]*\)", r"\1", home)
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, folder)
-    contents = [("Chapters", chapters), ("Details", details), ("Studies", studies), ("Reference", [f"api/{name}" for name in modules]),
-                ("Project", ["CONTRIBUTING", "CHANGELOG"])]
+    contents = [("Chapters", chapters), ("Details", details), ("Studies", studies),
+                ("Reference", [f"api/{name}" for name in modules]), ("Project", ["CONTRIBUTING", "CHANGELOG"])]
     for caption, entries in contents:
         home += "\n```{toctree}\n:hidden:\n:caption: " + caption + "\n" + "\n".join(entries) + "\n```\n"
     (folder / "index.md").write_text(home, encoding="utf-8")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/lr_finder/lr_finder_compat.ipynb #497a1134
 class DataLoaderIter:
-    "Iterate once over the batches of a loader, as pairs of inputs and labels."
+    "One pass over the batches of a loader, as pairs of inputs and labels."
 
     def __init__(self, data_loader: DataLoader):
         self.data_loader = data_loader
@@ -52,7 +52,7 @@ class DataLoaderIter:
 
 # %% ../nbs/lr_finder/lr_finder_compat.ipynb #d665581e
 class TrainDataLoaderIter(DataLoaderIter):
-    "Begin again when the loader has given everything."
+    "Iterator that starts again after the last batch."
 
     def __init__(self, data_loader: DataLoader, auto_reset: bool = True):
         super().__init__(data_loader)
@@ -69,7 +69,7 @@ class TrainDataLoaderIter(DataLoaderIter):
 
 # %% ../nbs/lr_finder/lr_finder_compat.ipynb #fb376048
 class ValDataLoaderIter(DataLoaderIter):
-    "Begin again only where a new loop over it begins after it has given everything."
+    "Iterator that starts again only when a new loop begins after the last batch."
 
     def __init__(self, data_loader: DataLoader):
         super().__init__(data_loader)
@@ -89,7 +89,7 @@ _Kind = TypeVar("_Kind", bound=DataLoaderIter)
 
 
 def _as_iterator(loader: Any, kind: type[_Kind], name: str) -> _Kind:
-    "Return a loader as an iterator of a kind. Raises `ValueError`."
+    "Return an iterator of a kind over a loader. Raises `ValueError`."
     if isinstance(loader, DataLoader):
         return kind(loader)
     if isinstance(loader, kind):
@@ -99,15 +99,15 @@ def _as_iterator(loader: Any, kind: type[_Kind], name: str) -> _Kind:
 
 # %% ../nbs/lr_finder/lr_finder_compat.ipynb #dad509de
 class LRFinder:
-    "Run the LR range test of torch-lr-finder 0.2.2 (all but apex): the same arguments, results and kinds of errors."
+    "LR range test with the interface of torch-lr-finder 0.2.2, without apex: the same arguments, results and errors."
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,  # its learning rates are where the test begins
+        optimizer: torch.optim.Optimizer,  # its learning rates start the test
         criterion: Callable,
         device: torch.device | str | None = None,  # None: the model's
-        memory_cache: bool = True,  # keep the first state in memory; False: in a file below `cache_dir`
+        memory_cache: bool = True,  # keep the first state in memory; False: in a file in `cache_dir`
         cache_dir: str | None = None,  # None: the system's temporary folder
         amp_backend: str | None = None,  # "torch" or None
         amp_config: dict[str, Any] | None = None,  # of torch.amp.autocast
@@ -128,7 +128,7 @@ class LRFinder:
         self.best_loss: float | None = None
         self.model_device = next(model.parameters()).device
         self.device = device or self.model_device
-        self._state = TrainingState(model, random=False, optimizer=optimizer)  # that library leaves random numbers alone
+        self._state = TrainingState(model, random=False, optimizer=optimizer)  # torch-lr-finder keeps no random numbers
         if memory_cache:
             self._first = self._state.capture()
         else:
@@ -136,7 +136,7 @@ class LRFinder:
             self._state.save(Path(self._folder.name) / "state.safetensors")
 
     def reset(self) -> None:
-        "Put model and optimizer back to where they were when the finder was made."
+        "Restore the model and the optimizer as they were when the finder was created."
         if self.memory_cache:
             self._state.restore(self._first)
         else:
@@ -146,17 +146,17 @@ class LRFinder:
     def range_test(
         self,
         train_loader: DataLoader | TrainDataLoaderIter,
-        val_loader: DataLoader | ValDataLoaderIter | None = None,  # measured after each step, and then the loss that counts
-        start_lr: float | list[float] | None = None,  # None: the optimizer's; a list: of each group
+        val_loader: DataLoader | ValDataLoaderIter | None = None,  # measured after each step, replaces the training loss
+        start_lr: float | list[float] | None = None,  # None: the optimizer's; a list: one per group
         end_lr: float = 10,
         num_iter: int = 100,
         step_mode: str = "exp",  # or "linear"
-        smooth_f: float = 0.05,  # weight of the new loss in the smoothed one, 0: not smoothed
+        smooth_f: float = 0.05,  # weight of the new loss in the smoothed one; 0: no smoothing
         diverge_th: float = 5,  # stop when the loss exceeds the best one by this factor
         accumulation_steps: int = 1,
         non_blocking_transfer: bool = True,
     ) -> None:
-        "Train at rising learning rates; leave the losses in `history`. Raises `RuntimeError`, `ValueError`."
+        "Train at rising learning rates; store the losses in `history`. Raises `RuntimeError`, `ValueError`."
         self.history, self.best_loss = {"lr": [], "loss": []}, None
         self.model.to(self.device)
         self._check_for_scheduler()
@@ -184,7 +184,7 @@ class LRFinder:
         print("Learning rate search finished, plot() shows the curve")
 
     def _train_batch(self, train_iter: TrainDataLoaderIter, accumulation_steps: int, non_blocking_transfer: bool = True) -> float:
-        "Train one step and return its loss; some override it."
+        "Train one step and return its loss; a subclass may override it."
 
         def loss_of(model: nn.Module, batch: tuple[Any, Any]) -> torch.Tensor:
             inputs, labels = self._move_to_device(*batch, non_blocking=non_blocking_transfer)
@@ -197,11 +197,11 @@ class LRFinder:
         return stepper.step([group["lr"] for group in self.optimizer.param_groups])
 
     def _move_to_device(self, inputs: Any, labels: Any, non_blocking: bool = True) -> tuple[Any, Any]:
-        "Move a batch to the device; some override it."
+        "Move a batch to the device; a subclass may override it."
         return move(inputs, self.device, non_blocking), move(labels, self.device, non_blocking)
 
     def _rates(self, step_mode: str, end_lr: float, num_iter: int) -> list[list[float]]:
-        "Return the learning rates of each step and group; mark the optimizer as one with a schedule. Raises `ValueError`."
+        "Return the learning rates of each step and group; mark the optimizer as scheduled. Raises `ValueError`."
         if step_mode.lower() not in ("exp", "linear"):
             raise ValueError(f"expected one of (exp, linear), got {step_mode}")
         if num_iter <= 1:
@@ -239,10 +239,10 @@ class LRFinder:
 
     def plot(
         self,
-        skip_start: int = 10,  # steps left out
+        skip_start: int = 10,  # steps to leave out
         skip_end: int = 5,
         log_lr: bool = True,
-        show_lr: float | None = None,  # mark it
+        show_lr: float | None = None,  # learning rate to mark
         ax: "Axes | None" = None,  # None: a new figure, which is shown
         suggest_lr: bool = True,  # mark and return where the loss falls fastest from step to step
     ) -> Any:  # Axes; with `suggest_lr` a pair, Axes and the learning rate

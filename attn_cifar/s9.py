@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # %% ../nbs/10_s9.ipynb #c676d21a
-_all_ = ["Ultimus"]  # exported under its course name as it is
+_all_ = ["Ultimus"]  # unchanged, under its course name
 
 # %% ../nbs/10_s9.ipynb #1e6249f7
 class basic_attn_model(BasicAttention):
@@ -73,7 +73,7 @@ def ctr() -> Callable[[object, str], dict[str, list[Any]]]:
 
 # %% ../nbs/10_s9.ipynb #66769e4e
 class stats_collector:
-    "Collect statistics in lists: `losses`, `accuracy`, `img`, `pred`, `label`."
+    "Statistics in lists: `losses`, `accuracy`, `img`, `pred`, `label`."
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -99,20 +99,20 @@ class stats_collector:
 
 # %% ../nbs/10_s9.ipynb #3d92d39c
 class Alb_trans:
-    "Use a list of albumentations transforms as a torchvision transform."
+    "A torchvision transform made of albumentations transforms."
 
     def __init__(
         self,
         transforms_list: Sequence = (),  # albumentations transforms
     ):
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would look for a newer version on the network
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # do not look for a newer version on the network
         import albumentations as A
 
         self.transforms = A.Compose(list(transforms_list))
-        self._seed: int | None = None  # of the worker and epoch
+        self._seed: int | None = None  # of the current worker and epoch
 
     def __call__(self, img: "Image | np.ndarray") -> np.ndarray:  # (H, W, C) -> (C, H, W)
-        seed = torch.initial_seed() % 2**32  # in a worker: its own, and another one each epoch
+        seed = torch.initial_seed() % 2**32  # in a worker: different for each worker and epoch
         if seed != self._seed:
             self.transforms.set_random_seed(seed)
             self._seed = seed
@@ -120,14 +120,15 @@ class Alb_trans:
 
 # %% ../nbs/10_s9.ipynb #6e485b1b
 class _NamedDataset(ImageDataset):
-    classes: list[str]  # as torchvision's data sets have them
+    "Images with the names of their classes, as torchvision's data sets have them."
+    classes: list[str]
 
 # %% ../nbs/10_s9.ipynb #b154b20a
 def S9_CIFAR10_data_prep(
-    batch: int,  # images a step
-    source: str | os.PathLike | ImageData = "cifar10",  # or "shapes", a folder (see `load_data`), or a data set at hand
+    batch: int,  # images per step
+    source: str | os.PathLike | ImageData = "cifar10",  # or "shapes", a folder (see `load_data`), or an `ImageData`
 ) -> tuple[torch.utils.data.DataLoader, torch.utils.data.DataLoader]:
-    "Return `(trainloader, testloader)`: training images augmented, all normalised; `.dataset.classes` has the names."
+    "Return `(trainloader, testloader)`: training images augmented, all normalized; `.dataset.classes` has the names."
     data = source if isinstance(source, ImageData) else load_data(source)
     cuda = torch.cuda.is_available()
     seed = torch.initial_seed() % 2**32  # follows torch.manual_seed
@@ -141,14 +142,14 @@ def S9_CIFAR10_data_prep(
 
 # %% ../nbs/10_s9.ipynb #d6e612aa
 class train_losses:
-    "Train a model, one epoch a call."
+    "The training loop of the course, one epoch per call."
 
     def __init__(
         self,
-        model: nn.Module,  # returns log-probabilities (B, C); logits are as good
-        device: torch.device | str,  # where the model is
+        model: nn.Module,  # returns log-probabilities (B, C), or logits
+        device: torch.device | str,  # the model's device
         train_loader: Iterable,  # batches (images, labels)
-        train_stats: Callable,  # as made by `ctr`
+        train_stats: Callable,  # made by `ctr`
         optimizer: torch.optim.Optimizer,
         total_epochs: int,
     ):
@@ -159,10 +160,10 @@ class train_losses:
         self,
         current_epoch: int,  # from 0
         scheduler: torch.optim.lr_scheduler.LRScheduler | None,  # stepped after each batch; None: no schedule
-        tb_writer: "SummaryWriter",  # gets `Train loss` and `LR` a step and `Acc/Train` an epoch
+        tb_writer: "SummaryWriter",  # gets `Train loss` and `LR` per step, `Acc/Train` per epoch
         L1_factor: float = 0,  # times the sum over parameter tensors of mean |w|, added to the loss
     ) -> None:
-        "Train one epoch; count `train_loss` and `train_lr` of each step and `train_acc` in percent."
+        "Train one epoch; record `train_loss` and `train_lr` per step and `train_acc` in percent. Raises `InputError`."
         from tqdm import tqdm
 
         self.model.train()
@@ -182,8 +183,8 @@ class train_losses:
             if scheduler:
                 scheduler.step()
         if not losses:
-            raise InputError("the training loader gives no batches")
-        values = torch.stack(losses).tolist()  # the only time that the device is waited for
+            raise InputError("the training loader has no batches")
+        values = torch.stack(losses).tolist()  # the only synchronization with the device
         for step, (value, lr) in enumerate(zip(values, lrs, strict=True), start=current_epoch * len(values) + 1):
             tb_writer.add_scalar("Train loss", value, step)
             tb_writer.add_scalar("LR", lr, step)
@@ -197,16 +198,16 @@ class train_losses:
 
 # %% ../nbs/10_s9.ipynb #3f8ad86c
 class test_losses:
-    "Test a model, once an epoch."
-    __test__ = False  # for pytest: the name begins like that of a test
+    "The test loop of the course, one epoch per call."
+    __test__ = False  # for pytest: this is not a test
 
     def __init__(
         self,
-        model: nn.Module,  # returns log-probabilities (B, C); logits are as good
-        device: torch.device | str,  # where the model is
+        model: nn.Module,  # returns log-probabilities (B, C), or logits
+        device: torch.device | str,  # the model's device
         test_loader: Iterable,  # batches (images, labels)
-        test_stats: Callable,  # as made by `ctr`
-        total_epochs: int,  # the mistakes are those of epoch total_epochs - 1
+        test_stats: Callable,  # made by `ctr`
+        total_epochs: int,  # mistakes are stored in epoch total_epochs - 1
     ):
         self.model, self.device, self.test_loader = model, device, test_loader
         self.stats, self.total_epochs = test_stats, total_epochs
@@ -216,7 +217,7 @@ class test_losses:
         current_epoch: int,  # from 0
         tb_writer: "SummaryWriter",  # gets `Test loss` and `Acc/Test`
     ) -> None:
-        "Count `test_loss`, `test_acc` in percent, the last epoch's mistakes; leave the model in evaluation mode."
+        "Record `test_loss`, `test_acc` in percent and the last epoch's mistakes; leave the model in evaluation mode."
         last, kept = current_epoch == self.total_epochs - 1, []
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -246,14 +247,14 @@ class test_losses:
 def create_tensorboard_writer(
     *path: str | os.PathLike,  # folder for the events; none: a new one under runs/
 ) -> "SummaryWriter":
-    "Return the writer that training, testing and plots write to."
+    "Return the TensorBoard writer for training, testing and plots."
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(log_dir=os.fspath(path[0])) if path else SummaryWriter()
 
 # %% ../nbs/10_s9.ipynb #3d277904
 def _image_file(img_save_path: str | os.PathLike, name: str) -> Path:
-    "Return where an image goes: in a folder, or behind the beginning of a file name."
+    "Return the path of an image: in a folder, or with `img_save_path` as the beginning of its name."
     text = os.fspath(img_save_path)
     is_folder = isinstance(img_save_path, Path) or text.endswith(("/", os.sep)) or os.path.isdir(text)
     path = Path(text) / name if is_folder else Path(text + name)
@@ -276,7 +277,7 @@ def _save(figure: Any, path: Path, tb_writer: "SummaryWriter | None" = None, tag
 
 # %% ../nbs/10_s9.ipynb #c4d3c4f7
 def _new_figure(height: float) -> "Figure":
-    "Make a figure, height in inches, that `pyplot` does not know."
+    "Make a figure without `pyplot`, height in inches."
     from matplotlib.figure import Figure
 
     return Figure(figsize=(6, height), layout="compressed")
@@ -309,17 +310,17 @@ def plot_onecyclelr_curve(
 
 # %% ../nbs/10_s9.ipynb #a5f6f16d
 def GRADCAM(
-    images: Sequence[Tensor],  # B normalised images (3, H, W), such as counters["mis_img"][:20]
+    images: Sequence[Tensor],  # B normalized images (3, H, W), such as counters["mis_img"][:20]
     labels: Sequence[int],  # B classes to explain
-    model: nn.Module,  # returns log-probabilities (B, C); its modes and gradients stay as they are
+    model: nn.Module,  # returns log-probabilities (B, C); its modes and gradients do not change
     target_layers: Sequence[str],  # names in `model.named_modules()`: "convblock1", …
-) -> tuple[list[Tensor], Tensor, Tensor]:  # a map (B, 1, H, W) in 0..1 a layer; output (B, C), sorted; its classes
+) -> tuple[list[Tensor], Tensor, Tensor]:  # a map (B, 1, H, W) in 0..1 per layer; output (B, C), sorted; its classes
     "Explain classes by Grad-CAM (Selvaraju et al. 2017). Raises `InputError`."
     if not len(images):
         raise InputError("there is no image to explain: images is empty")
     batch = torch.stack(list(images))
     explanations = {explanation.layer: explanation for explanation in explain(model, batch, labels, "grad_cam", target_layers)}
-    layers = [explanations[name].upsampled(batch.shape[2:])[:, None] for name in target_layers]  # as ordered
+    layers = [explanations[name].upsampled(batch.shape[2:])[:, None] for name in target_layers]  # in the order of target_layers
     with undisturbed(model), torch.no_grad():
         output = model(batch.to(next(model.parameters()).device))
     probs, ids = output.sort(dim=1, descending=True)
@@ -330,7 +331,7 @@ _CLASS_NAMES = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "
 
 
 class cifar10_plots:
-    "Plot images: each plot is written as JPEG and added to TensorBoard."
+    "The image plots of the course; each is written as JPEG and added to TensorBoard."
 
     def __init__(
         self,
@@ -342,11 +343,11 @@ class cifar10_plots:
         self.img_save_path, self.tb_writer, self.class_names = img_save_path, tb_writer, list(class_names)
 
     def unnormalize_cifar10(self, img: Tensor) -> Tensor:
-        "Turn a normalised image (3, H, W) into one to look at, (H, W, 3) in 0..1; `img` itself stays as it is."
+        "Return a normalized image (3, H, W) as (H, W, 3) in 0..1; `img` itself is not changed."
         return unnormalize(img[None], self.channels_mean, self.channels_stdev)[0].permute(1, 2, 0)
 
     def plot_cifar10_train_imgs(self, trainloader: Iterable) -> None:
-        "Write `Train_Images.jpg`: five images of each class as the network gets them."
+        "Write `Train_Images.jpg`: five augmented images of each class."
         from attn_cifar.visualization.plots import plot_images
 
         found: dict[int, list[Tensor]] = {label: [] for label in range(len(self.class_names))}
@@ -365,7 +366,7 @@ class cifar10_plots:
     def plot_cifar10_misclassified(
         self,
         counters: Mapping[str, Sequence],  # with "mis_img", "mis_pred", "mis_lbl"
-        num_images: int,  # at most so many
+        num_images: int,  # the maximum number of images
     ) -> None:
         "Write `Test_Misclass_Imgs.jpg`: the first mistakes, with true and predicted class."
         from matplotlib import rc_context
@@ -393,25 +394,25 @@ class cifar10_plots:
     def plot_cifar10_gradcam_imgs(
         self,
         gcam_layers: Sequence[Tensor],  # maps (B, 1, H, W) in 0..1 for each layer, as `GRADCAM` returns them
-        images: Sequence[Tensor],  # B normalised images (3, H, W)
+        images: Sequence[Tensor],  # B normalized images (3, H, W)
         labels: Sequence[int],  # B true classes
         target_layers: Sequence[str],  # names of the layers
         predicted: Tensor,  # int (B, C), the predicted class first, as `GRADCAM` returns it
         disp_range: tuple[int, int],  # (a, b): images a to b - 1 are shown, five in the course
     ) -> None:
-        "Write `Gradcam_Imgs_{a + 1}_{b}.jpg`: the maps of some images, a row for each layer."
+        "Write `Gradcam_Imgs_{a + 1}_{b}.jpg`: the maps of some images, one row per layer."
         from attn_cifar.visualization.plots import plot_explanations
 
         (a, b), chosen = disp_range, range(len(images))[slice(*disp_range)]
         if not chosen:
-            raise InputError(f"there are {len(images)} images, none of them in the range {a} to {b}")
+            raise InputError(f"there are {len(images)} images, none in the range {a} to {b}")
         targets = torch.tensor([int(labels[index]) for index in chosen])
         explanations = [Explanation("grad_cam", name, maps[a:b, 0].cpu(), targets, torch.ones(len(chosen)))
                         for name, maps in zip(target_layers, gcam_layers, strict=True)]
         names = self._data(np.zeros(0), np.zeros(0))
         figure = plot_explanations(explanations, torch.stack(list(images[a:b])), names, max_images=len(chosen),
                                    max_layers=len(explanations))
-        for ax, index in zip(figure.axes, chosen, strict=False):  # the first row; a prediction instead of a probability
+        for ax, index in zip(figure.axes, chosen, strict=False):  # the first row: show a prediction instead of a probability
             caption = self._caption(labels[index], int(predicted[index][0]))
             ax.set_title(caption, fontsize=9.5, fontweight="normal", loc="center")
         figure.suptitle(f"Mistakes {a + 1} to {a + len(chosen)}: true class (explained) → prediction", x=0.02,
@@ -420,7 +421,7 @@ class cifar10_plots:
               f"GradCam-Images/Misclassified_Imgs_{a + 1}_{b}")
 
     def _data(self, pixels: np.ndarray, labels: np.ndarray) -> ImageData:
-        "Return images as a data set, for the plots that take one."
+        "Return images as `ImageData`, for the plots that take one."
         names, mean, std = tuple(self.class_names), tuple(self.channels_mean), tuple(self.channels_stdev)
         return ImageData(pixels, labels, pixels[:0], labels[:0], names, mean, std, "")
 
@@ -429,12 +430,12 @@ class cifar10_plots:
 
 # %% ../nbs/10_s9.ipynb #1f92e764
 class LRRangeFinder:
-    "Run an LR range test with plain SGD."
+    "The LR range test of the course, with plain SGD."
 
     def __init__(
         self,
-        model: nn.Module,  # returns log-probabilities; stays as it is
-        epochs: int,  # passes over the loader: the learning rate rises once a batch
+        model: nn.Module,  # returns log-probabilities; restored afterwards
+        epochs: int,  # passes over the loader; the learning rate rises with every batch
         start_lr: float,
         end_lr: float,
         tb_writer: "SummaryWriter",  # gets the learning rates as `Range_Test`
@@ -445,18 +446,18 @@ class LRRangeFinder:
         self.model, self.epochs, self.start_lr, self.end_lr = model, epochs, start_lr, end_lr
         self.tb_writer, self.dataloader, self.device, self.img_save_path = tb_writer, dataloader, device, img_save_path
         self.lr: list[float] = []  # of each step
-        self.loss: list[float] = []  # likewise, smoothed
+        self.loss: list[float] = []  # of each step, smoothed
 
     def findLR(self) -> float:
         "Write `LRRange_Test.jpg` and return the learning rate to use. Raises `InputError`."
         from attn_cifar.visualization.plots import plot_lr_find
 
         self.model.to(self.device)
-        loader = self.dataloader if len(self.dataloader) > 1 else 2 * list(self.dataloader)  # upstream does not mind one batch
+        loader = self.dataloader if len(self.dataloader) > 1 else 2 * list(self.dataloader)  # find_lr needs two batches
         found = find_lr(
             self.model, loader, optimizer=torch.optim.SGD(self.model.parameters(), self.start_lr),
             criterion=F.cross_entropy, start_lr=self.start_lr, end_lr=self.end_lr, precision="float32",
-            num_steps=max(self.epochs * len(self.dataloader), 10), trials=0, diverge=math.inf)  # fewer steps than 10 show nothing
+            num_steps=max(self.epochs * len(self.dataloader), 10), trials=0, diverge=math.inf)  # at least 10
         self.lr, self.loss = found.lrs.tolist(), found.smoothed.tolist()
         for step, lr in enumerate(self.lr, start=1):
             self.tb_writer.add_scalar("Range_Test", lr, step)
@@ -466,11 +467,33 @@ class LRRangeFinder:
         print(f"the learning rate of the lowest loss is returned: {found.reason}")
         return self.lr[int(np.nanargmin(self.loss))]
 
+# %% ../nbs/10_s9.ipynb #0308809e
+def _train_and_test(model: nn.Module, trainloader: torch.utils.data.DataLoader, testloader: torch.utils.data.DataLoader,
+                    device: torch.device, recipe: Recipe, tb_writer: "SummaryWriter") -> None:
+    "Train by the recipe and test after each epoch."
+    optimizer = make_optimizer(model, recipe)
+    scheduler = make_scheduler(optimizer, recipe, recipe.epochs * len(trainloader))
+    train = train_losses(model, device, trainloader, ctr(), optimizer, recipe.epochs)
+    test = test_losses(model, device, testloader, ctr(), recipe.epochs)
+    for epoch in range(recipe.epochs):
+        train.s9_train(epoch, scheduler, tb_writer, L1_factor=recipe.l1_factor)
+        test.s9_test(epoch, tb_writer)
+
+# %% ../nbs/10_s9.ipynb #4742a951
+def _explain_mistakes(plot: cifar10_plots, model: nn.Module) -> None:
+    "Explain the first 20 mistakes, five per picture."
+    images, labels = counters["mis_img"][:20], counters["mis_lbl"][:20]
+    layers = ["convblock1", "convblock2", "convblock3"]
+    if images:
+        maps, _, ids = GRADCAM(images, labels, model, layers)
+        for start in range(0, len(images), 5):
+            plot.plot_cifar10_gradcam_imgs(maps, images, labels, layers, ids, (start, start + 5))
+
 # %% ../nbs/10_s9.ipynb #00f2c51f
 def s9_run_main(
     num_epochs: int,  # 24 in the course
     maxlr: float,  # peak of the one-cycle schedule, from a range test
-    source: str | os.PathLike | ImageData = "cifar10",  # see `S9_CIFAR10_data_prep`
+    source: str | os.PathLike | ImageData = "cifar10",  # as in `S9_CIFAR10_data_prep`
     img_save_path: str | os.PathLike = ".",  # folder for images and TensorBoard events
 ) -> str:
     "Run the S9 program: train `basic_attn_model`, write all images and TensorBoard entries. Raises `InputError`."
@@ -504,25 +527,3 @@ def s9_run_main(
     finally:
         tb_writer.close()
     return " s9_run_main() ended successfully "
-
-# %% ../nbs/10_s9.ipynb #0308809e
-def _train_and_test(model: nn.Module, trainloader: torch.utils.data.DataLoader, testloader: torch.utils.data.DataLoader,
-                    device: torch.device, recipe: Recipe, tb_writer: "SummaryWriter") -> None:
-    "Train for all epochs by the recipe, and test after each."
-    optimizer = make_optimizer(model, recipe)
-    scheduler = make_scheduler(optimizer, recipe, recipe.epochs * len(trainloader))
-    train = train_losses(model, device, trainloader, ctr(), optimizer, recipe.epochs)
-    test = test_losses(model, device, testloader, ctr(), recipe.epochs)
-    for epoch in range(recipe.epochs):
-        train.s9_train(epoch, scheduler, tb_writer, L1_factor=recipe.l1_factor)
-        test.s9_test(epoch, tb_writer)
-
-# %% ../nbs/10_s9.ipynb #4742a951
-def _explain_mistakes(plot: cifar10_plots, model: nn.Module) -> None:
-    "Explain the first 20 mistakes, five to a picture."
-    images, labels = counters["mis_img"][:20], counters["mis_lbl"][:20]
-    layers = ["convblock1", "convblock2", "convblock3"]
-    if images:
-        maps, _, ids = GRADCAM(images, labels, model, layers)
-        for start in range(0, len(images), 5):
-            plot.plot_cifar10_gradcam_imgs(maps, images, labels, layers, ids, (start, start + 5))

@@ -44,8 +44,8 @@ def start(folder: Path) -> int:
 
 def wait_for_write(folder: Path, until: float) -> None:
     """Return when a checkpoint is being written, or at a moment of `time.monotonic()`."""
-    beside = folder / "checkpoint" / ".state.safetensors.tmp"
-    while not beside.exists() and time.monotonic() < until:
+    checkpoint = folder / "checkpoint"
+    while not any(checkpoint.glob(".state.safetensors.*.tmp")) and time.monotonic() < until:
         pass
 
 

@@ -1,12 +1,13 @@
 """A GPU that is not there: tensors stay on the CPU but report `cuda`, and what CUDA would refuse raises.
 
-`simulated_gpu()` rewrites devices in Python calls (`device=`, `.to`, `.cuda`, `.device`, `.numpy`, generators) and checks each aten
-operation, backward passes included. Devices are kept per storage, so that views and `.data = …` follow. Host-device
+`simulated_gpu()` rewrites devices in Python calls (`device=`, `.to`, `.cuda`, `.device`, `.numpy`, generators) and checks each
+aten operation, backward passes included. Devices are kept per storage, so that views and `.data = …` follow. Host-device
 synchronizations are counted. Compilation is the identity. What it cannot show: speed, memory, and the GPU's own rounding.
 """
 
 import contextlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from unittest import mock
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -66,9 +67,22 @@ class SimulatedGPU:
         self.generators: dict[int, torch.Generator] = {}  # kept alive: those that were made for the GPU
         self.wanted: list[torch.device] = []  # device of the factory call under way; empty outside Python calls
         self.workspace: str | None | bool = False  # cuBLAS reads its variable once, at its first call
+        self.pinned: dict[int, StorageWeakRef] = {}  # storages that a copy need not wait for
 
     def waits(self, why: str) -> None:
         self.synchronizations[why] += 1
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy in pinned memory."""
+        copy = tensor.clone()
+        storage = copy.untyped_storage()
+        self.pinned[storage._cdata] = StorageWeakRef(storage)
+        return copy
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a copy of a tensor to the GPU need not wait."""
+        reference = self.pinned.get(tensor.untyped_storage()._cdata)
+        return reference is not None and not reference.expired()
 
     def on_gpu(self, thing: Any) -> bool:
         return isinstance(thing, torch.Tensor) and self.devices.get(thing) == GPU
@@ -101,9 +115,12 @@ class Functions(TorchFunctionMode):
         if tensor is not None and name in ("to", "cuda", "cpu"):
             return self.move(name, tensor, args[1:], kwargs)
         if tensor is not None and name in ("numpy", "__array__") and gpu.on_gpu(tensor):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host "
+                            "memory first.")
         if tensor is not None and name in ("pin_memory", "is_pinned"):
-            return tensor if name == "pin_memory" else False
+            if name == "pin_memory" and gpu.on_gpu(tensor):
+                raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+            return gpu.is_pinned(tensor) if name == "is_pinned" else tensor if gpu.is_pinned(tensor) else gpu.pin(tensor)
         if tensor is not None and name == "get_device":
             return 0 if gpu.on_gpu(tensor) else -1
         if tensor is not None and name == "tolist" and gpu.on_gpu(tensor):
@@ -140,7 +157,7 @@ class Functions(TorchFunctionMode):
                 raise RuntimeError(f"Expected a '{here.type}' device type for generator but found '{made_for.type}'")
 
     def move(self, name: str, tensor: torch.Tensor, args: tuple, kwargs: dict) -> torch.Tensor:
-        """Do what `.to`, `.cuda` and `.cpu` do: the same tensor where nothing changes, else a copy that reports the other device."""
+        """Do what `.to`, `.cuda` and `.cpu` do: return the tensor itself if nothing changes, else a copy on the other device."""
         gpu, here = self.gpu, self.gpu.devices.get(tensor) or CPU
         target, non_blocking = here, bool(kwargs.pop("non_blocking", False))
         if name != "to":
@@ -172,6 +189,8 @@ class Functions(TorchFunctionMode):
             if target != here:
                 if not non_blocking or target == CPU:
                     gpu.waits(f"copy to {target.type}")
+                elif tensor.numel() and not gpu.is_pinned(tensor):
+                    gpu.waits("copy to cuda of memory that is not pinned")
                 result = result.clone() if result is tensor else result
                 gpu.devices.set(result, target)
         finally:
@@ -193,6 +212,7 @@ class Operations(TorchDispatchMode):
         there = GPU in devices
         if there:
             self.check(packet, args, inputs, devices)
+        args = self.tf32(packet, args, there)
         if is_gpu(kwargs.get("device")):
             kwargs["device"] = CPU
         result = func(*args, **kwargs)
@@ -210,6 +230,19 @@ class Operations(TorchDispatchMode):
 
         return tree_map(mark, result)
 
+    def tf32(self, packet: Any, args: tuple, there: bool) -> tuple:
+        """Round the factors of a convolution as the tensor cores of an A100 do."""
+        rounds = there and self.gpu.capability >= (8, 0) and torch.backends.cudnn.allow_tf32
+        if not rounds or packet not in (aten.convolution, aten.convolution_backward):
+            return args
+
+        def shorten(thing: Any) -> Any:
+            if isinstance(thing, torch.Tensor) and thing.dtype == torch.float32:
+                return ((thing.detach().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+            return thing
+
+        return tuple(map(shorten, args))
+
     def check(self, packet: Any, args: tuple, inputs: list[torch.Tensor], devices: list[torch.device | None]) -> None:
         """Raise what CUDA would raise, and count what waits."""
         gpu = self.gpu
@@ -219,7 +252,8 @@ class Operations(TorchDispatchMode):
             if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in inputs[1:2]):
                 gpu.waits("a mask as index")
         elif packet not in ACROSS and any(device == CPU and tensor.dim() for tensor, device in zip(inputs, devices, strict=True)):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({packet})")
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                               f"({packet})")
         elif packet == aten.copy_ and devices[0] != devices[1] and not (len(args) > 2 and args[2]):
             gpu.waits("copy_ across devices")
         if packet in WAITING:
@@ -229,8 +263,8 @@ class Operations(TorchDispatchMode):
                 raise RuntimeError(f"{packet} does not have a deterministic implementation, but you set "
                                    "'torch.use_deterministic_algorithms(True)'")
             if packet in MATRIX_PRODUCTS and self.workspace() not in (":4096:8", ":16:8"):
-                raise RuntimeError("Deterministic behavior was enabled, but this operation is not deterministic because it uses CuBLAS: "
-                                   "set CUBLAS_WORKSPACE_CONFIG=:4096:8")
+                raise RuntimeError("Deterministic behavior was enabled, but this operation is not deterministic because it uses "
+                                   "CuBLAS: set CUBLAS_WORKSPACE_CONFIG=:4096:8")
         if packet in MATRIX_PRODUCTS:
             self.workspace()
 
@@ -261,10 +295,20 @@ def patches(gpu: SimulatedGPU) -> Iterator[Any]:
                 device_type, dtype = "cpu", dtype or torch.float16
             super().__init__(device_type, dtype, enabled, cache_enabled)
 
-    free, total = 14 * 2**30, 15 * 2**30
+    def mem_get_info(device: Any = None) -> tuple[int, int]:
+        if device is not None and not isinstance(device, int) and parse(device).index is None:  # as PyTorch 2.4
+            raise ValueError(f"Expected a torch.device with a specified index or an integer, but got: {device}")
+        return 14 * 2**30, 15 * 2**30
+
+    def outside(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction(), _disable_current_modes():
+                return function(*args, **kwargs)
+        return call
+
     cuda = {"is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "synchronize": lambda *_: None,
             "get_device_name": lambda *_: "Simulated GPU", "get_device_capability": lambda *_: gpu.capability,
-            "is_bf16_supported": lambda *_, **__: gpu.capability >= (8, 0), "mem_get_info": lambda *_: (free, total),
+            "is_bf16_supported": lambda *_, **__: gpu.capability >= (8, 0), "mem_get_info": mem_get_info,
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_: None,
             "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)], "set_rng_state_all": lambda *_: None,
             "manual_seed": lambda *_: None, "manual_seed_all": lambda *_: None, "empty_cache": lambda: None,
@@ -274,6 +318,17 @@ def patches(gpu: SimulatedGPU) -> Iterator[Any]:
     yield mock.patch.object(torch, "Generator", Generator)
     if hasattr(torch, "accelerator"):  # the optimizers of newer versions ask it whether a graph is being captured
         yield mock.patch.object(torch.accelerator, "is_available", lambda: False)
+    optimizer = sys.modules["torch.optim.optimizer"]  # no attribute of torch.optim
+    group = optimizer._group_tensors_by_device_and_dtype  # asks for devices in C++
+
+    def grouped(lists: Any, *arguments: Any) -> Any:
+        return {(GPU if gpu.on_gpu(found[0][0][0]) else device, dtype): found
+                for (device, dtype), found in group(lists, *arguments).items()}
+
+    yield mock.patch.object(optimizer, "_group_tensors_by_device_and_dtype", grouped)
+    profile, only_cpu = torch.profiler.profile, [torch.profiler.ProfilerActivity.CPU]
+    yield mock.patch.object(torch.profiler, "profile", lambda activities=None, **options: profile(activities=only_cpu, **options))
+    yield mock.patch.object(torch.jit, "trace", outside(torch.jit.trace))  # it records operations by itself
     yield mock.patch.object(torch, "autocast", Autocast)
     yield mock.patch.object(torch.amp, "autocast", Autocast)
     yield mock.patch.object(torch, "compile", lambda model=None, **_: model if model is not None else (lambda inner: inner))

@@ -22,19 +22,30 @@ colab = runpy.run_path(str(ROOT / ".github" / "colab.py"))
 
 def test_every_notebook_has_its_badge_and_first_cell():
     """What `make colab` writes is there already."""
-    executed = {path for path in (ROOT / "nbs").rglob("*.ipynb") if path.name not in ("index.ipynb", "package.ipynb")}
+    executed = {path for path in (ROOT / "nbs").rglob("*.ipynb") if path.name not in ("index.ipynb", "package.ipynb", "design.ipynb")}
     assert set(colab["notebooks"]()) == executed and len(executed) > 40
     for path in colab["notebooks"]():
         notebook = json.loads(path.read_text(encoding="utf-8"))
         badge, code = notebook["cells"][1:3]
-        text, wanted = colab["head_of"](path, notebook["cells"][:1] + notebook["cells"][3:])
+        text, wanted = colab["head_of"](path, notebook["cells"][:1] + notebook["cells"][3:], *colab["read_settings"]())
         assert "".join(badge["source"]) == text and "".join(code["source"]) == wanted, f"run `make colab` for {path.name}"
         assert notebook["metadata"]["accelerator"] == "GPU" and notebook["metadata"]["colab"]["gpuType"] == "T4"
 
 
-@pytest.mark.parametrize("on_colab", (True, False))
-def test_a_notebook_alone(tmp_path, on_colab):
-    """On Colab pip is asked for the package, and nothing else; elsewhere it is not. Cells then run with nothing beside them."""
+def test_a_published_repository_is_where_everything_comes_from():
+    """Badge and first cell name the repository and the branch; extra packages are quoted for the shell."""
+    path = ROOT / "nbs" / "report" / "chart.ipynb"
+    for address in ("https://github.com/someone/attn_cifar", "https://github.com/someone/attn_cifar.git"):
+        text, code = colab["head_of"](path, [{"cell_type": "code", "source": "import onnxruntime"}], address, "trunk")
+        assert "colab.research.google.com/github/someone/attn_cifar/blob/trunk/nbs/report/chart.ipynb)" in text
+        wanted = 'pip install -q "attn_cifar @ git+https://github.com/someone/attn_cifar.git@trunk" "onnx<1.23" onnxruntime onnxscript'
+        assert wanted in code and "glob" not in code
+
+
+@pytest.mark.parametrize(("on_colab", "wheel", "installed"), [(True, True, True), (True, False, True), (True, False, False),
+                                                              (False, True, True)])
+def test_a_notebook_alone(tmp_path, on_colab, wheel, installed):
+    """On Colab pip is asked for the wheel beside the notebook, never for a name; without one, a line says what to do."""
     (tmp_path / "site" / "pip").mkdir(parents=True)
     (tmp_path / "site" / "pip" / "__init__.py").touch()
     (tmp_path / "site" / "pip" / "__main__.py").write_text(PIP)
@@ -42,15 +53,25 @@ def test_a_notebook_alone(tmp_path, on_colab):
         (tmp_path / "site" / "google" / "colab").mkdir(parents=True)
         (tmp_path / "site" / "google" / "colab" / "__init__.py").touch()
     (tmp_path / "content").mkdir()
-    shutil.copy(ROOT / "nbs" / "report" / "chart.ipynb", tmp_path / "content")
+    for version in ("0.1.0", "0.2.0") if wheel else ():
+        (tmp_path / "content" / f"attn_cifar-{version}-py3-none-any.whl").touch()
+    path = ROOT / "nbs" / "report" / "chart.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["cells"][2]["source"] = colab["head_of"](path, notebook["cells"][3:], "")[1]
+    if not installed:  # only the first cell, where the package cannot be found
+        hide = "import importlib.util\nreal = importlib.util.find_spec\nimportlib.util.find_spec = lambda name: (\n" \
+               "    None if name == 'attn_cifar' else real(name))\n"
+        notebook["cells"] = [{**notebook["cells"][2], "source": hide}, {**notebook["cells"][2], "id": "first"}]
+    (tmp_path / "content" / "chart.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--inplace", "chart.ipynb"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PATH": path}
+    places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "PATH": places}
     done = subprocess.run(command, cwd=tmp_path / "content", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     asked = tmp_path / "site" / "pip" / "asked"
-    assert asked.exists() is on_colab
-    if on_colab:
-        assert asked.read_text().split() == ["install", "-q", "--find-links", ".", "attn_cifar"]
+    assert asked.exists() is (on_colab and wheel)
+    if asked.exists():
+        assert asked.read_text().split() == ["install", "-q", "./attn_cifar-0.2.0-py3-none-any.whl"]
     cells = json.loads((tmp_path / "content" / "chart.ipynb").read_text(encoding="utf-8"))["cells"]
     assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code"), "not everything was executed"
+    assert ("upload its wheel" in json.dumps(cells[1].get("outputs"))) is (not installed)

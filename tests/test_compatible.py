@@ -50,8 +50,8 @@ def test_a_run_resumes(old_run, data):
     torch.set_num_threads(1)
     try:
         torch.manual_seed(0)
-        run = fit(create_model("hybrid_attn"), data, recipe="plain", epochs=2, batch_size=50, max_lr=0.01, out=old_run, resume=True,
-                  device="cpu", precision="float32", compile=False, verbose=False)
+        run = fit(create_model("hybrid_attn"), data, recipe="plain", epochs=2, batch_size=50, max_lr=0.01, out=old_run,
+                  resume=True, device="cpu", precision="float32", compile=False, verbose=False)
     finally:
         torch.set_num_threads(threads)
     rows = read_csv(WRITTEN_BY_0_1_0 / "finished.csv")

@@ -1,5 +1,13 @@
 """The GPU's paths: on a real GPU if there is one, otherwise on a simulated one (`simulated_gpu.py`)."""
 
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +19,8 @@ from attn_cifar.explain import check_explanations, explain
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model, load_pretrained
 from attn_cifar.studies.ladder import evaluate_flipped, picture_attention
-from attn_cifar.training import RECIPES, BatchLoss, Engine, choose_engine, choose_recipe, fit
+from attn_cifar.training import RECIPES, BatchLoss, Engine, choose_engine, choose_recipe, evaluate, fit, load_run
+from attn_cifar.training.loop import Trainer
 
 REAL = torch.cuda.is_available()
 RECIPE = choose_recipe(None, RECIPES["upstream"], {"batch_size": 32, "epochs": 2, "max_lr": 0.001})
@@ -25,6 +34,13 @@ def gpu():
     else:
         with simulated_gpu() as simulation:
             yield simulation
+
+
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """Compare without TF32, which rounds the factors of a convolution to 10 bits on an A100, L4 or H200."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +73,14 @@ def test_images_that_do_not_fit_stay_outside(data, monkeypatch):
 def test_training_takes_the_steps_of_the_cpu(data):
     here, there = (train(data, device=d, precision="float32", compile=False) for d in ("cpu", "cuda"))
     assert torch.allclose(torch.tensor(here.steps["loss"]), torch.tensor(there.steps["loss"]), atol=0.01)
+
+
+def test_training_with_tf32_stays_close(data):
+    losses = []
+    for allow in (False, True):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow):
+            losses.append(torch.tensor(train(data, precision="float32", compile=False).steps["loss"]))
+    assert torch.allclose(*losses, atol=0.05) and (REAL or not torch.equal(*losses)), "the simulation rounds as TF32 does"
 
 
 @pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.999), ("bfloat16", 0.99)])
@@ -107,3 +131,70 @@ def test_explanations_are_those_of_the_cpu(data):
         assert not other.maps.is_cuda and torch.allclose(one.maps, other.maps, rtol=0, atol=1e-3 * float(one.maps.max()))
     judged = check_explanations(there, images.cuda(), explained[1], steps=4)
     assert all(0 <= one.deletion <= 1 and one.error > 0 for one in judged)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_a_run_that_began_on_a_gpu_loads_and_resumes_without_one(data, tmp_path, monkeypatch, caplog, precision):
+    run = train(data, out=tmp_path / "run", precision=precision)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "attn_cifar"):
+        warnings.simplefilter("error")
+        assert load_run(tmp_path / "run").history == run.history
+        warnings.simplefilter("default")
+        again = fit(create_model("spatial_attn"), data, recipe=replace(RECIPE, epochs=3), out=tmp_path / "run", resume=True,
+                    verbose=False)
+    assert again.history[:2] == run.history and len(again.history) == 3
+    assert sum("continues on cpu" in line for line in caplog.messages) == 1
+    assert next(again.model.parameters()).device.type == "cpu"
+
+
+def test_a_device_that_the_caller_names_is_used(data, tmp_path, caplog):
+    train(data, out=tmp_path / "run", device="cuda")
+    with caplog.at_level(logging.WARNING, "attn_cifar"):
+        run = train(data, out=tmp_path / "run", device="cpu", resume=True)
+    assert next(run.model.parameters()).device.type == "cpu" and "continues on cpu" in caplog.text
+
+
+@pytest.mark.parametrize("value", [None, ":16:8"])
+def test_the_buffers_of_cublas_are_fixed_on_import(value):
+    environment = {name: text for name, text in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    environment |= {"CUBLAS_WORKSPACE_CONFIG": value} if value else {}
+    program = "import os, attn_cifar; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == (value or ":4096:8")
+
+
+@pytest.mark.parametrize("name", ["basic_attn", "hybrid_attn", "spatial_attn", "attn_tiny"])
+def test_deterministic_runs_use_no_other_kernels(data, name):
+    torch.manual_seed(0)
+    run = fit(create_model(name), data.subset(32, 16), recipe="plain", batch_size=16, epochs=1, deterministic=True, verbose=False)
+    assert len(run.steps["loss"]) == 2
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_steps_of_cuda_graphs_are_marked_only_if_there_are_any(data, monkeypatch, compiled):
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    train(data, compile=compiled)
+    assert len(marks) == 10 * compiled
+
+
+@pytest.mark.skipif(REAL, reason="only the simulation counts synchronizations")
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "bfloat16"), ("sgd", "float16"), ("adam", "float32"),
+                                                        ("adam", "float16"), ("muon", "bfloat16")])
+def test_a_step_does_not_wait_for_the_device(data, gpu, optimizer, precision):
+    recipe = choose_recipe(None, RECIPES["upstream"], {"batch_size": 16, "epochs": 1, "optimizer": optimizer})
+    trainer = Trainer(create_model("spatial_attn"), data, recipe, Engine("cuda", precision, False))
+    before = None
+    for number, _ in enumerate(trainer.epoch()):
+        if number == 1:  # the first step has created the optimizer's state
+            before = Counter(gpu.synchronizations)
+    assert gpu.synchronizations - before == Counter(), "in eight steps"
+
+
+def test_evaluation_uses_the_device_of_the_model(data):
+    here = create_model("spatial_attn")
+    there = create_model("spatial_attn").cuda()
+    there.load_state_dict(here.state_dict())
+    expected = evaluate(here, data).logits
+    assert not evaluate(there, data).logits.is_cuda and torch.allclose(evaluate(there, data).logits, expected, atol=0.05)

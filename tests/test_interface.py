@@ -66,7 +66,8 @@ def test_the_interface_is_the_one_that_is_written_down():
 def test_every_notebook_that_exports_was_visited():
     """A folder that the search overlooks would make the test above pass without looking."""
     notebooks = (PACKAGE.parent / "nbs").rglob("*.ipynb")
-    exported = {name for path in notebooks for name in re.findall(r"#\|\s*default_exp ([\w.]+)", path.read_text(encoding="utf-8"))}
+    line = re.compile(r"#\|\s*default_exp ([\w.]+)")
+    exported = {name for path in notebooks for name in line.findall(path.read_text(encoding="utf-8"))}
     assert len(exported) > 50
     visited = {name.removeprefix("attn_cifar.") for name in module_names()}
     assert visited == {name.removesuffix(".__init__") for name in exported} | {"faithfulness", "runs"}
@@ -79,7 +80,8 @@ def test_a_name_that_is_removed_is_noticed(monkeypatch):
     monkeypatch.setattr(data, "__all__", [name for name in data.__all__ if name != "load_data"])
     assert set(before) - set(interface()) == {"data: load_data"}
     monkeypatch.setattr(blocks, "__all__", [name for name in blocks.__all__ if name != "conv_block"])
-    assert {line.split("(")[0] for line in set(before) - set(interface())} == {"data: load_data", "models.blocks.conv_block"}
+    assert {line.split("(")[0] for line in set(before) - set(interface())} == {"data: load_data",
+                                                                              "models.blocks.conv_block"}
 
 
 # What README, CHANGELOG and the quickstart of 0.1.0 import, by module.
@@ -91,13 +93,13 @@ NAMES_OF_0_1_0 = {
     "faithfulness": "Faithfulness blurred check_explanations rank_correlation score_maps shuffled_weights",
     "lr_finder": "LRRangeTest Stepper endless find_lr fit_with_suggestion move read_curve smooth sweep",
     "lr_finder_compat": "DataLoaderIter LRFinder TrainDataLoaderIter ValDataLoaderIter",
-    "models": "BasicAttention HybridAttention MODELS ModelEntry SpatialAttention SpeedAttention Ultimus count_macs count_parameters "
-              "create_model describe_model find_pretrained list_models load_pretrained record_attention",
+    "models": "BasicAttention HybridAttention MODELS ModelEntry SpatialAttention SpeedAttention Ultimus count_macs "
+              "count_parameters create_model describe_model find_pretrained list_models load_pretrained record_attention",
     "report": "make_report SECTIONS choose_explained",
     "runs": "Evaluation Run describe_machine evaluate load_results load_run read_config refuse_other_run",
     "s9": "Alb_trans GRADCAM LRRangeFinder S9_CIFAR10_data_prep Ultimus basic_attn_model cifar10_plots counters "
           "create_tensorboard_writer ctr plot_onecyclelr_curve s9_run_main stats_collector test_losses train_losses",
-    "studies": "STUDIES run_study store_results summarize_run",
+    "studies": "STUDIES load_results run_study summarize_run",
     "training": "BatchLoss CHECKPOINT Engine Evaluation RECIPES Recipe Run autocast check_output choose_engine choose_recipe "
                 "evaluate fit keep_memory load_run make_optimizer make_scheduler",
     "visualization": "plot_confusion plot_explanations plot_history plot_images plot_lr_find plot_misclassified plot_network "
@@ -107,5 +109,5 @@ NAMES_OF_0_1_0 = {
 
 @pytest.mark.parametrize("module", NAMES_OF_0_1_0)
 def test_scripts_written_for_0_1_0_find_their_names(module):
-    missing = [name for name in NAMES_OF_0_1_0[module].split() if not hasattr(importlib.import_module(f"attn_cifar.{module}"), name)]
-    assert not missing
+    found = importlib.import_module(f"attn_cifar.{module}")
+    assert not [name for name in NAMES_OF_0_1_0[module].split() if not hasattr(found, name)]

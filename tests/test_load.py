@@ -15,9 +15,9 @@ PROGRAM = """
 import ctypes, gc, json, os, sys, threading
 from pathlib import Path
 import torch
-from attn_cifar import training
 from attn_cifar.data import load_data
 from attn_cifar.models import create_model
+from attn_cifar.training import loop
 
 epochs, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
@@ -46,13 +46,13 @@ class Noting(list):  # the history: each epoch appends to it
 
 
 def train(count, out):
-    training.Run = lambda *arguments: Run(*arguments[:2], Noting(), *arguments[3:])
+    loop.Run = lambda *arguments: Run(*arguments[:2], Noting(), *arguments[3:])
     torch.manual_seed(0)
-    training.fit(create_model("spatial_attn"), data, out=out, recipe="upstream", epochs=count, batch_size=16, device="cpu",
+    loop.fit(create_model("spatial_attn"), data, out=out, recipe="upstream", epochs=count, batch_size=16, device="cpu",
                  compile=False, verbose=False, checkpoint_seconds=0.1)
 
 
-Run = training.Run
+Run = loop.Run
 train(2, folder + "/first")  # what a process needs once: threads, imports, buffers
 before = held()
 memory.clear()

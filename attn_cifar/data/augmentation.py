@@ -121,16 +121,19 @@ class Augmentation:
         std: tuple[float, ...],
     ) -> Tensor:  # float (B, 3, H, W)
         "Augment and normalize a whole batch, each image by its own numbers."
-        rotated = drawn["angle"].nonzero().squeeze(1)  # both indices on the CPU: no synchronization with a GPU
-        cut = ((drawn["bottom"] > drawn["top"]) & (drawn["right"] > drawn["left"])).nonzero().squeeze(1)
-        drawn = {name: values.to(images.device, non_blocking=True) for name, values in drawn.items()}
+        numbers = {**drawn, "rotated": drawn["angle"].nonzero().squeeze(1),  # found on the CPU: no synchronization with a GPU
+                   "cut": ((drawn["bottom"] > drawn["top"]) & (drawn["right"] > drawn["left"])).nonzero().squeeze(1)}
+        if images.device.type == "cuda":  # copies from pinned memory do not wait
+            numbers = {name: values.pin_memory() for name, values in numbers.items()}
+        numbers = {name: values.to(images.device, non_blocking=True) for name, values in numbers.items()}
+        rotated, cut = numbers.pop("rotated"), numbers.pop("cut")
         if len(rotated):
-            index = rotated.to(images.device, non_blocking=True)
-            images = images.index_put((index,), _rotate(images.index_select(0, index), drawn["angle"][index]))
-        batch = _crop(images, drawn, self.pad, mean, std) if self.pad else normalize(images, mean, std)
+            angle = numbers["angle"].index_select(0, rotated)
+            images = images.index_put((rotated,), _rotate(images.index_select(0, rotated), angle))
+        batch = _crop(images, numbers, self.pad, mean, std) if self.pad else normalize(images, mean, std)
         if self.flip_prob or self.alternate:
-            batch = torch.where(drawn["flip"].view(-1, 1, 1, 1), batch.flip(3), batch)
-        return _cut_out(batch, drawn, cut.to(images.device, non_blocking=True), self.cutout) if self.cutout else batch
+            batch = torch.where(numbers["flip"].view(-1, 1, 1, 1), batch.flip(3), batch)
+        return _cut_out(batch, numbers, cut, self.cutout) if self.cutout else batch
 
 # %% ../../nbs/data/augmentation.ipynb #d3a8d5d7
 NO_AUGMENTATION = Augmentation(rotate=0.0, rotate_prob=0.0, pad=0, cutout=0, cutout_prob=0.0)

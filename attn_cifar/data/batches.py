@@ -73,13 +73,28 @@ def _place(
     labels: np.ndarray | Tensor,  # int64 (N,)
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    "Move images and labels to the device, unless they would fill more than half of a GPU's free memory."
+    "Move images and labels to the device, unless they would fill more than half of a GPU's free memory. Raises `InputError`."
     with warnings.catch_warnings():  # read-only arrays: nothing is ever written to them
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         stored = torch.as_tensor(images), torch.as_tensor(labels)
-    if device.type == "cuda" and stored[0].nbytes >= torch.cuda.mem_get_info(device)[0] / 2:
+    if stored[0].dtype != torch.uint8 or stored[0].ndim != 4 or stored[0].shape[3] != 3 or not len(stored[0]):
+        raise InputError(f"images must be uint8 (N, H, W, 3), not {stored[0].dtype} {tuple(stored[0].shape)}")
+    if stored[1].shape != stored[0].shape[:1] or stored[1].is_floating_point():
+        raise InputError(f"labels must be {len(stored[0])} integers, not {stored[1].dtype} {tuple(stored[1].shape)}")
+    stored = stored[0], stored[1].long()
+    if device.type == "cuda" and stored[0].nbytes >= torch.cuda.mem_get_info(device.index)[0] / 2:
         return stored
     return stored[0].to(device), stored[1].to(device)
+
+# %% ../../nbs/data/batches.ipynb #b669cb44
+def _send(
+    tensor: Tensor,
+    device: torch.device,
+) -> Tensor:
+    "Copy a tensor to the device without waiting for it; do nothing if it is there."
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 # %% ../../nbs/data/batches.ipynb #91300019
 class _ImageFile:
@@ -113,10 +128,11 @@ class _ImageFile:
                 raise InputError(f"{self.file.name} became shorter while it was read")
         return images
 
+# %% ../../nbs/data/batches.ipynb #d44cb3a5
+BLOCK = 512 * 3072, 8192 * 3072  # bytes of images augmented at a time, on a CPU and on a GPU: what stays in a CPU's cache,
+                                 # what keeps a GPU busy and still fits
+
 # %% ../../nbs/data/batches.ipynb #8fcdab39
-BLOCK = 512, 8192  # images augmented at a time, on a CPU and on a GPU: what stays in a CPU's cache, what keeps a GPU busy
-
-
 class Batches:
     "Augmented, normalized batches of a data set that lives on the device."
 
@@ -155,6 +171,7 @@ class Batches:
         *, rank: int = 0, count: int = 1,
     ) -> "Batches":
         "Serve the training images of an `ImageData`, or a share of them: shuffled and augmented."
+        data.check()
         return cls(data.train_images, data.train_labels, batch_size, mean=data.mean, std=data.std,
                    augmentation=augmentation, shuffle=True, seed=seed, device=device, rank=rank, count=count)
 
@@ -163,6 +180,7 @@ class Batches:
         cls, data: "ImageData", batch_size: int = 500, device: torch.device | str = "cpu", *, rank: int = 0, count: int = 1,
     ) -> "Batches":
         "Serve the test images of an `ImageData`, or a share of them, in order."
+        data.check()
         return cls(data.test_images, data.test_labels, batch_size, mean=data.mean, std=data.std, device=device, rank=rank,
                    count=count)
 
@@ -188,21 +206,23 @@ class Batches:
 
     def _blocks(self, order: Tensor) -> Iterator[list[Tensor]]:
         "Cut the rest of an epoch into blocks; each is a list with this process's share of every batch, int64 (B,)."
-        block = self.batch_size * max(1, BLOCK[self.device.type == "cuda"] * self.count // self.batch_size)
+        images = BLOCK[self.device.type == "cuda"] * self.count // self.images[0].nbytes
+        block = self.batch_size * max(1, images // self.batch_size)
         end = len(self) * self.batch_size
         for start in range(self.position * self.batch_size, end, block):
             yield [batch[self.rank::self.count] for batch in order[start:min(start + block, end)].split(self.batch_size)]
 
     def _load(self, index: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         "Read, augment and normalize the images of an index: float (B, 3, H, W), int64 (B,)."
-        where = index.to(self.images.device, non_blocking=True)
+        where = _send(index, self.images.device)
         images = self.images.index_select(0, where) if self.file is None else self.file.read(index)
-        images, labels = images.to(self.device), self.labels.index_select(0, where).to(self.device)
+        images, labels = _send(images, self.device), _send(self.labels.index_select(0, where), self.device)
         if not len(images):  # a share of the last batch can be empty
             return images.permute(0, 3, 1, 2).float(), labels
         if not drawn:
             return normalize(images, self.mean, self.std), labels
-        return self.augmentation.apply(images, {name: all[index] for name, all in drawn.items()}, self.mean, self.std), labels
+        drawn = {name: values[index] for name, values in drawn.items()}
+        return self.augmentation.apply(images, drawn, self.mean, self.std), labels
 
     def state_dict(self) -> dict[str, int | bool]:
         "Return the position: the current epoch and how many of its batches have been served."

@@ -9,7 +9,7 @@ __all__ = ['cache_folder', 'map_array', 'cached']
 import json
 import logging
 import os
-import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +17,33 @@ from typing import Any
 
 import numpy as np
 
+from ..core import InputError
 from .images import ImageData
+from ..files import replacing_folder
 
 _log = logging.getLogger("attn_cifar")
 
 # %% ../../nbs/data/cache.ipynb #ed7d4b75
+def _folder_without_home() -> Path:
+    "Create a folder for this user alone among the temporary files. Raises `InputError` if somebody else made it."
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir(), f"attn_cifar-{user}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or hasattr(os, "getuid") and found.st_uid != user:
+        raise InputError(f"there is no home folder, and {folder} belongs to somebody else: name a folder in ATTN_CIFAR_CACHE")
+    return folder
+
+
 def cache_folder() -> Path:
     "Return the folder for downloads and decoded images: `ATTN_CIFAR_CACHE`, else `attn_cifar` in the user's cache folder."
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ATTN_CIFAR_CACHE") or Path(home) / "attn_cifar").expanduser()
+    chosen, caches = os.environ.get("ATTN_CIFAR_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if chosen or caches:
+            return Path(chosen or Path(caches or "", "attn_cifar")).expanduser()
+        return Path.home() / ".cache" / "attn_cifar"
+    except RuntimeError:  # a user without a home
+        return _folder_without_home()
 
 # %% ../../nbs/data/cache.ipynb #6c179b9e
 def map_array(
@@ -43,35 +61,18 @@ _ARRAYS = "train_images", "train_labels", "test_images", "test_labels"
 
 def _write_entry(entry: Path, data: ImageData) -> None:
     "Write an entry beside its final place, then rename it, so that no part of one is ever read. Raises `OSError`."
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    partial_entry = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".partial-"))
-    try:
+    with replacing_folder(entry) as partial_entry:
         for name in _ARRAYS:
             np.save(partial_entry / f"{name}.npy", getattr(data, name))
         rest = {"class_names": data.class_names, "mean": data.mean, "std": data.std, "name": data.name}
         (partial_entry / "data.json").write_text(json.dumps(rest), encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)
-        partial_entry.replace(entry)
-    finally:
-        shutil.rmtree(partial_entry, ignore_errors=True)
-
-# %% ../../nbs/data/cache.ipynb #034df81d
-def _check_arrays(data: ImageData) -> None:
-    "Raise `ValueError` if shapes, types or labels are not those of an `ImageData`."
-    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or labels.dtype != np.int64:
-            raise ValueError("unexpected array types or shapes")
-        if labels.shape != images.shape[:1] or not 0 <= labels.min() <= labels.max() < len(data.class_names):
-            raise ValueError("labels do not match the images and classes")
 
 # %% ../../nbs/data/cache.ipynb #8704022e
 def _read_entry(entry: Path) -> ImageData:
     "Map an entry. Raises `FileNotFoundError` for a missing one, `ValueError` among others for a damaged one."
     content: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in
                                json.loads((entry / "data.json").read_text(encoding="utf-8")).items()}
-    data = ImageData(**content | {name: map_array(entry / f"{name}.npy") for name in _ARRAYS})
-    _check_arrays(data)
-    return data
+    return ImageData(**content | {name: map_array(entry / f"{name}.npy") for name in _ARRAYS}).check()
 
 # %% ../../nbs/data/cache.ipynb #9ab850ed
 def cached(

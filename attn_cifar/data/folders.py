@@ -10,115 +10,56 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import InputError
+from ..core import IMAGE_FORMATS, IMAGE_SUFFIXES, InputError
 from .cache import cached
 from .images import ImageData
+from ..files import open_file, regular_file
 
 if TYPE_CHECKING:
     import PIL.Image
 
 _log = logging.getLogger("attn_cifar")
 
-# %% ../../nbs/data/folders.ipynb #a80d35f1
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# %% ../../nbs/data/folders.ipynb #94dfd4f5
+_SYSTEM = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+           "desktop.ini"}
 
 
-def _class_folders(root: Path) -> dict[str, list[Path]]:
-    "Map each class folder below `root` to its image files, both sorted by name."
-    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-    files = {f.name: sorted(p for p in f.rglob("*")
-                            if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".") and p.is_file()) for f in folders}
-    for folder in folders:
-        if not files[folder.name]:
-            _log.warning("%s holds no images, so it is not a class", folder)
-    return {name: paths for name, paths in files.items() if paths}
-
-# %% ../../nbs/data/folders.ipynb #969e60d4
-def _is_test(path: Path) -> bool:
-    "Choose one file in six for the test images, by the names of the file and its folder alone."
-    return int(hashlib.sha256(os.fsencode(f"{path.parent.name}/{path.name}")).hexdigest()[:8], 16) < 2**32 / 6
-
-# %% ../../nbs/data/folders.ipynb #54770fb4
-def _hold_out_test(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    "Split the files of each class into training and test files. Raises `InputError` for a class with one image."
-    train, test = {}, {}
-    for name, paths in files.items():
-        if len(paths) < 2:
-            raise InputError(f"class {name!r} in {root} has one image only: add some, or give a test folder")
-        chosen = [path for path in paths if _is_test(path)] or paths[-1:]
-        test[name] = chosen[:len(paths) - 1]
-        train[name] = [path for path in paths if path not in set(test[name])]
-    _log.warning("%s has no test folder: %d of its %d images, chosen by their names, are held out for testing", root.name,
-                 sum(map(len, test.values())), sum(map(len, files.values())))
-    return train, test
-
-# %% ../../nbs/data/folders.ipynb #36fa6c4e
-def _test_files(test_root: Path, train: dict[str, list[Path]]) -> dict[str, list[Path]]:
-    "List the files of a test folder. Raises `InputError` if it is empty or has unknown classes."
-    test = _class_folders(test_root)
-    if not test:
-        raise InputError(f"{test_root} holds no images in class folders")
-    if unknown := sorted(set(test) - set(train)):
-        raise InputError(f"{test_root} has classes that the training images lack: {', '.join(unknown)}")
-    return test
-
-# %% ../../nbs/data/folders.ipynb #d3805fba
-_TEST_FOLDERS = "test", "val", "valid"
+def _visible(folder: str) -> list[os.DirEntry]:
+    "Return what a folder contains, sorted by name, without hidden entries and those of operating systems."
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM),
+                      key=lambda entry: entry.name)
 
 
-def _list_folder(root: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    "Return the training and the test files of each class. Raises `InputError` for a folder that is not a data set."
-    if not root.is_dir():
-        raise InputError(f"unknown data source {str(root)!r}: use cifar10, shapes, or a folder of images")
-    has_parts = (root / "train").is_dir()
-    train = _class_folders(root / "train" if has_parts else root)
-    if not train:
-        raise InputError(f"{root} holds no images in class folders: expected <class>/*.jpg or train/<class>/*.jpg")
-    if len(train) == 1:
-        raise InputError(f"{root} holds only one class, {next(iter(train))!r}: a classifier needs at least two")
-    test_root = next((root / name for name in _TEST_FOLDERS if has_parts and (root / name).is_dir()), None)
-    return _hold_out_test(root, train) if test_root is None else (train, _test_files(test_root, train))
+def _is(kind: str, entry: os.DirEntry, links: bool = True) -> bool:
+    "Return whether an entry is a `folder` or a `file`; False for links in circles."
+    try:
+        return entry.is_dir(follow_symlinks=links) if kind == "folder" else entry.is_file(follow_symlinks=links)
+    except OSError:
+        return False
 
-# %% ../../nbs/data/folders.ipynb #0cca7599
-def _to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    "Convert a PIL image of any mode to RGB: 16 bits scaled to 8, transparent places white. Raises `ValueError`."
+# %% ../../nbs/data/folders.ipynb #31adcb26
+def _open_image(path: str | os.PathLike) -> "PIL.Image.Image":
+    "Open an image file of a known format; nothing is decoded yet. Raises `InputError` for no file, else what PIL raises."
     from PIL import Image
 
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range")
-    if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.float64)
-        wide = image.mode != "I" or deep.max(initial=0) > 255
-        return Image.fromarray((deep / 257 if wide else deep).clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    Image.init()
+    return Image.open(regular_file(path, links=True), formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
 
-# %% ../../nbs/data/folders.ipynb #16ef6cbe
-_MOST_PIXELS = 2**26
-
-
-def _decode(path: Path, size: int) -> tuple[np.ndarray, bool]:  # uint8 (size, size, 3), and whether it was resized
-    "Read one image. Raises whatever PIL raises for a broken file, `ValueError` for one that is too large."
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        if image.width * image.height > _MOST_PIXELS:
-            raise ValueError(f"{image.width}×{image.height} is more than {_MOST_PIXELS / 1e6:.0f} million pixels")
-        rgb = _to_rgb(ImageOps.exif_transpose(image))
-        resized = rgb.size != (size, size)
-        return np.array(ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS) if resized else rgb), resized
-
-# %% ../../nbs/data/folders.ipynb #cf9792a1
+# %% ../../nbs/data/folders.ipynb #72726b24
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     "Suppress warnings, PIL's of damaged metadata among them."
@@ -126,86 +67,474 @@ def _quietly() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
 
+# %% ../../nbs/data/folders.ipynb #9cb31c80
+def _is_image(entry: os.DirEntry) -> bool:
+    "Return whether a file is an image of a known format: by its suffix, or by its content if it has none."
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix or not _is("file", entry):
+        return suffix in IMAGE_SUFFIXES
+    try:
+        with _quietly(), _open_image(entry.path):
+            return True
+    except Exception:  # PIL raises many kinds
+        return False
+
+# %% ../../nbs/data/folders.ipynb #7ae717fc
+_HEIC = {".heic", ".heif", ".hif"}
+_CONVERT = "HEIC, the format of iPhones, cannot be read: convert to JPEG, such as with `magick mogrify -format jpg *.heic`"
+
+
+@dataclass
+class _Listing:
+    "The image files of each class, as paths, and what was left out."
+    train: dict[str, list[str]]
+    test: dict[str, list[str]] | None = None  # None: hold out training images
+    left_out: Counter[str] = field(default_factory=Counter)  # files, by the reason
+    notes: list[str] = field(default_factory=list)  # lines for the user
+
+    def log(self, name: str) -> None:
+        "Log what the folders of a data set were used for, and how many files were left out."
+        for line in self.notes:
+            _log.warning("%s: %s", name, line)
+        if self.left_out:
+            _log.warning("%s: %d other files are left out: %s", name, sum(self.left_out.values()),
+                         ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common(8)))
+        if any(reason in _HEIC for reason in self.left_out):
+            _log.warning("%s: %s", name, _CONVERT)
+
+# %% ../../nbs/data/folders.ipynb #730dc866
+def _images_below(
+    folder: str,
+    left_out: Counter[str],  # counts the other files
+) -> list[str]:  # paths, sorted
+    "List the images in a folder and the folders below it."
+    paths = []
+    for entry in _visible(folder):
+        if _is("folder", entry, links=False):
+            paths += _images_below(entry.path, left_out)
+        elif _is("folder", entry):
+            left_out["links to folders"] += 1
+        elif not _is("file", entry):
+            left_out["links to nothing" if entry.is_symlink() else "that are no regular files"] += 1
+        elif _is_image(entry):
+            paths.append(entry.path)
+        else:
+            left_out[os.path.splitext(entry.name)[1].lower() or "without a suffix"] += 1
+    return paths
+
+# %% ../../nbs/data/folders.ipynb #57131107
+def _class_folders(
+    folders: list[os.DirEntry],
+    left_out: Counter[str],
+) -> dict[str, list[str]]:
+    "Map the name of each class folder to its image files. Raises `InputError` for a class of HEIC files alone."
+    classes = {}
+    for folder in folders:
+        others: Counter[str] = Counter()
+        if paths := _images_below(folder.path, others):
+            classes[folder.name] = paths
+        elif any(reason in _HEIC for reason in others):
+            raise InputError(f"{folder.path} has no image that can be read. {_CONVERT}")
+        else:
+            _log.warning("%s holds no images, so it is not a class", folder.path)
+        left_out += others
+    return classes
+
+# %% ../../nbs/data/folders.ipynb #759709ad
+_WORDS = {"train": "train training trainset trainingset traindata trn",
+          "test": "test testing testset testingset testdata tst",
+          "val": "val valid validation valset validationset dev devset eval evaluation holdout"}
+_ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
+_NEUTRAL = {"", *"set data dataset images image imgs img seg split folder dir".split()}
+
+
+def _role(name: str) -> str | None:  # "train", "test", "val", or None for a class
+    "Return what a folder is for, by its name: one word for a part of a data set, and no other word with a meaning."
+    words = [word for word in re.split(r"[\W\d_]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()) if word not in _NEUTRAL]
+    return _ROLES.get(words[0]) if len(words) == 1 else None
+
+# %% ../../nbs/data/folders.ipynb #aa3ef3d8
+def _has_image(folder: str) -> bool:
+    "Return whether there is an image in a folder or below it."
+    return any(_has_image(entry.path) if _is("folder", entry, links=False) else _is("file", entry) and _is_image(entry)
+               for entry in _visible(folder))
+
+
+def _subfolders(folder: str) -> list[os.DirEntry]:
+    "Return the folders in a folder that contain images, links to folders included."
+    return [entry for entry in _visible(folder) if _is("folder", entry) and _has_image(entry.path)]
+
+
+def _unwrapped(folder: str, name: str) -> str:
+    "Return the folder with the classes: Intel's images have `seg_train/seg_train/<class>`."
+    inside = _subfolders(folder)
+    same = len(inside) == 1 and (inside[0].name.lower() == name.lower() or _role(inside[0].name) is not None)
+    return _unwrapped(inside[0].path, inside[0].name) if same and _role(inside[0].name) in (None, _role(name)) else folder
+
+# %% ../../nbs/data/folders.ipynb #4efa0487
+def _only(role: str, folders: list[os.DirEntry]) -> os.DirEntry | None:
+    "Return the folder of a role that has class folders, or None. Raises `InputError` for several."
+    usable = [folder for folder in folders if _role(folder.name) == role and _subfolders(folder.path)]
+    if len(usable) > 1:
+        raise InputError(f"{usable[0].path} and {usable[1].name} beside it seem to be for the same ({role}): remove one, or "
+                         "rename it")
+    return usable[0] if usable else None
+
+
+def _find_parts(
+    root: str,
+    folders: list[os.DirEntry],  # of `root`
+) -> dict[str, os.DirEntry]:  # "train", "test" and "val", those that exist; empty if the folders are classes
+    "Find the parts of a data set. Raises `InputError` for parts without class folders, or several of one kind."
+    named = [folder for folder in folders if _role(folder.name)]
+    roles = {_role(folder.name) for folder in named}
+    parts = {role: folder for role in ("train", "test", "val") if (folder := _only(role, named))}
+    wanted = "expected train/<class>/*.jpg and test/<class>/*.jpg"
+    if "train" in roles and len(roles) > 1:
+        if "train" not in parts:
+            raise InputError(f"{root} has folders for training and testing, but no class folders in that for training: {wanted}")
+        if len(parts) == 1:
+            other = next(folder for folder in named if _role(folder.name) != "train")
+            raise InputError(f"{other.path} holds no images in class folders: {wanted}")
+        return parts
+    if "train" in parts and len(folders) == 1:
+        return parts
+    parts.pop("train", None)  # a class of this name
+    classes = {folder.name for folder in folders} - {folder.name for folder in named}
+    if parts and not classes:
+        raise InputError(f"{root} has images for testing, but no folder of training images: {wanted}")
+    if any(_role(folder.name) == "test" and folder not in parts.values() for folder in named) and len(classes) > 1:
+        raise InputError(f"{root} has class folders, and a folder for testing without class folders: {wanted}, or rename it")
+    return parts
+
+# %% ../../nbs/data/folders.ipynb #ca28f533
+def _test_files(test_root: str, train: dict[str, list[str]], listing: _Listing) -> dict[str, list[str]]:
+    "List the files of a test folder. Raises `InputError` if it is empty or has unknown classes."
+    test = _class_folders([entry for entry in _visible(test_root) if _is("folder", entry)], listing.left_out)
+    if not test:
+        raise InputError(f"{test_root} holds no images in class folders")
+    if unknown := sorted(set(test) - set(train)):
+        raise InputError(f"{test_root} has classes that the training images lack: {', '.join(unknown)}")
+    if missing := sorted(set(train) - set(test)):
+        listing.notes.append(f"no test images of {', '.join(missing)}")
+    return test
+
+# %% ../../nbs/data/folders.ipynb #eebbd5e1
+def _list_classes(folder: str, entries: list[os.DirEntry], left_out: Counter[str]) -> dict[str, list[str]]:
+    "List the classes of the training images. Raises `InputError` for fewer than two."
+    classes = _class_folders(entries, left_out)
+    if not classes:
+        raise InputError(f"{folder} holds no images in class folders: expected <class>/*.jpg or train/<class>/*.jpg")
+    if len(classes) == 1:
+        raise InputError(f"{folder} holds only one class, {next(iter(classes))!r}: a classifier needs at least two")
+    return classes
+
+# %% ../../nbs/data/folders.ipynb #46e91116
+def _check_root(root: Path) -> None:
+    "Raise `InputError` for a data source that is not a folder."
+    if root.is_file():
+        raise InputError(f"the data source {str(root)!r} is a file: unpack it, and name the folder")
+    if not root.is_dir():
+        raise InputError(f"unknown data source {str(root)!r}: use cifar10, shapes, or a folder of images")
+
+# %% ../../nbs/data/folders.ipynb #0449698a
+def _list_folder(root: Path) -> _Listing:
+    "List the training and test files of each class. Raises `InputError` for a folder that is not a data set."
+    _check_root(root)
+    top = _unwrapped(str(root), root.resolve().name)
+    folders = [entry for entry in _visible(top) if _is("folder", entry)]
+    parts = _find_parts(top, folders)
+    listing = _Listing({})
+    if "train" in parts:
+        others = [entry.name for entry in folders if entry.name not in {part.name for part in parts.values()}]
+        top = _unwrapped(parts["train"].path, parts["train"].name)
+        folders = [entry for entry in _visible(top) if _is("folder", entry)]
+        listing.notes += [f"not used: {', '.join(others)}"] if others else []
+    else:
+        folders = [entry for entry in folders if entry.name not in {part.name for part in parts.values()}]
+    if loose := sum(_is("file", entry) and _is_image(entry) for entry in _visible(top)):
+        listing.left_out["images outside the class folders"] = loose
+    listing.train = _list_classes(top, folders, listing.left_out)
+    if test := parts.get("test", parts.get("val")):
+        listing.test = _test_files(_unwrapped(test.path, test.name), listing.train, listing)
+        trained = parts["train"].name if "train" in parts else "the class folders"
+        unused = f"; {parts['val'].name} is not used" if len(parts) == 3 else ""
+        listing.notes.insert(0, f"training images from {trained}, test images from {test.name}{unused}")
+    return listing
+
+# %% ../../nbs/data/folders.ipynb #ef3eacc0
+def _is_test(path: str | os.PathLike) -> bool:
+    "Choose one file in six for the test images, by the names of the file and its folder alone."
+    path = Path(path)
+    return int(hashlib.sha256(os.fsencode(f"{path.parent.name}/{path.name}")).hexdigest()[:8], 16) < 2**32 / 6
+
+# %% ../../nbs/data/folders.ipynb #48276a1c
+def _digest(path: str) -> bytes:
+    "Return a hash of a file's content."
+    digest = hashlib.blake2b()
+    with open_file(path, "rb", links=True) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
+
+# %% ../../nbs/data/folders.ipynb #6a227d60
+def _originals(paths: list[str]) -> dict[str, str]:
+    "Map each path to the first one with the same bytes."
+    sizes: dict[int, list[str]] = {}
+    for path in paths:
+        sizes.setdefault(os.path.getsize(path), []).append(path)
+    first: dict[tuple[int, bytes], str] = {}
+    result = {}
+    for size, equal in sizes.items():
+        for path in equal:
+            key = size, _digest(path) if len(equal) > 1 else b""
+            result[path] = first.setdefault(key, path)
+    return result
+
+# %% ../../nbs/data/folders.ipynb #c284dcad
+def _hold_out_test(root: Path, files: dict[str, list[str]]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    "Split the files of each class into training and test files. Raises `InputError` for a class with one image."
+    original = _originals([path for paths in files.values() for path in paths])
+    different = {name: list(dict.fromkeys(original[path] for path in paths)) for name, paths in files.items()}
+    side = {path: _is_test(path) for paths in different.values() for path in paths}
+    for name, paths in different.items():
+        if len(paths) < 2:
+            copies = f" ({len(files[name])} copies of it)" if len(files[name]) > 1 else ""
+            raise InputError(f"class {name!r} in {root} has one image only{copies}: add some, or give a test folder")
+        if len({side[path] for path in paths}) == 1:
+            side[paths[-1]] = not side[paths[-1]]
+    for name, paths in different.items():  # a copy in another class may have moved an image
+        if len({side[path] for path in paths}) == 1:
+            raise InputError(f"the images of class {name!r} in {root} are copies of other classes' images: give a test folder")
+    train, test = ({name: [path for path in paths if side[original[path]] is wanted] for name, paths in files.items()}
+                   for wanted in (False, True))
+    return train, test
+
+# %% ../../nbs/data/folders.ipynb #0cca7599
+def _to_rgb(image: "PIL.Image.Image", wide: bool = True) -> "PIL.Image.Image":
+    "Convert a PIL image of any mode to RGB: integers of 16 bits (`wide`) scaled to 8, transparent places white."
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.float64)
+        return Image.fromarray((deep / 257 if wide else deep).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+# %% ../../nbs/data/folders.ipynb #e4b72bc2
+_STRIP = 2**20  # pixels converted at a time
+
+
+def _convert(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    "Convert an image to RGB, strip by strip. Raises `ValueError` for floating-point pixels."
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    wide = image.mode.startswith("I") and (image.mode != "I" or image.getextrema()[1] > 255)  # type: ignore[operator]
+    rgb, rows = Image.new("RGB", image.size), max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        rgb.paste(_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height))), wide), (0, top))
+    return rgb
+
+# %% ../../nbs/data/folders.ipynb #16ef6cbe
+_MOST_PIXELS = 2**26
+_MOST_BYTES = 2**29
+
+
+def _check_size(image: "PIL.Image.Image") -> None:
+    "Raise `ValueError` for an opened image that would need too much memory."
+    stored = {"1": 1, "L": 1, "P": 1}.get(image.mode, 2 if image.mode.startswith("I;") else 4)
+    decoder = {"JPEG2000": 16, "AVIF": 8, "WEBP": 8}.get(image.format or "", 0)  # bytes per pixel inside the decoder
+    decoder += 6 * bool(image.info.get("progressive"))
+    most = min(_MOST_PIXELS, _MOST_BYTES // (stored + 4 * (image.mode != "RGB") + decoder))
+    if image.width * image.height > most:
+        raise ValueError(f"{image.width}×{image.height} is more than {most / 1e6:.0f} million pixels")
+
+# %% ../../nbs/data/folders.ipynb #3ca43f04
+class _Allowance:
+    "Pixels that may be decoded at the same time, by all threads together."
+
+    def __init__(self, pixels: int):
+        self.left, self.changed = pixels, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels: int) -> Iterator[None]:
+        "Wait until so many pixels are left, and use them inside the block."
+        with self.changed:
+            self.changed.wait_for(lambda: self.left >= pixels)
+            self.left -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.left += pixels
+                self.changed.notify_all()
+
+
+_allowance = _Allowance(_MOST_PIXELS)
+
+# %% ../../nbs/data/folders.ipynb #c0ab8132
+def _decode(path: str | os.PathLike, size: int) -> tuple[np.ndarray, bool, bool]:
+    """Read one image: uint8 (size, size, 3), whether it was resized, and whether it has several frames.
+
+    Raises whatever PIL raises for a broken file, `ValueError` for one that is too large.
+    """
+    from PIL import Image, ImageOps
+
+    with _open_image(path) as image:
+        _check_size(image)
+        several = bool(getattr(image, "is_animated", False))
+        with _allowance.take(image.width * image.height):
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = _convert(image)
+            resized = rgb.size != (size, size)
+            return np.array(ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS) if resized else rgb), resized, several
+
 # %% ../../nbs/data/folders.ipynb #015eaf93
+def _explain(path: str | os.PathLike, error: Exception) -> str:
+    "Say why a file could not be read; HEIC photographs often have another suffix."
+    from PIL import Image, UnidentifiedImageError
+
+    if not isinstance(error, UnidentifiedImageError):
+        return str(error) or type(error).__name__
+    with open_file(path, "rb", links=True) as file:
+        head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
+        return _CONVERT
+    if head[4:11] == b"ftypavi" and "AVIF" not in Image.OPEN:
+        return "this version of Pillow cannot read AVIF: pip install -U pillow"
+    return "not one of the formats " + ", ".join(IMAGE_FORMATS)
+
+# %% ../../nbs/data/folders.ipynb #1fc3a6d6
 def read_image(
-    path: str | os.PathLike,  # of any format, size and mode that PIL reads
+    path: str | os.PathLike,  # of any format in `IMAGE_FORMATS`, any size and mode
     size: int = 32,  # side in pixels of the result
 ) -> np.ndarray:  # uint8 (size, size, 3)
     "Read one image file as `load_data` reads the images of a folder; of several frames, the first. Raises `InputError`."
-    from PIL import Image
-
-    if not Path(path).is_file():  # opening a named pipe would block
-        raise InputError(f"there is no file {path}")
+    regular_file(path, links=True)
     try:
         with _quietly():
-            picture, _ = _decode(Path(path), size)
-            with Image.open(path) as image:
-                several = getattr(image, "is_animated", False)
-        if several:
-            _log.warning("%s has several frames: the first is used", path)
-        return picture
+            picture, _, several = _decode(path, size)
     except Exception as error:  # PIL raises many kinds for a broken file
-        raise InputError(f"{path} is not a readable image ({error})") from error
+        raise InputError(f"{path} is not a readable image ({_explain(path, error)})") from error
+    if several:
+        _log.warning("%s has several frames: the first is used", path)
+    return picture
 
 # %% ../../nbs/data/folders.ipynb #2a97ce55
-def _attempt(path: Path, size: int) -> tuple[np.ndarray, bool] | Exception:
-    "Return what `_decode` returns or raises."
+def _attempt(path: str, image: np.ndarray) -> bool | Exception:
+    "Decode a file into an image, uint8 (size, size, 3). Return whether it was resized, or the error."
     try:
-        return _decode(path, size)
+        image[:], resized, _ = _decode(path, len(image))
+        return resized
     except Exception as error:  # PIL raises many kinds for a broken file
         return error
 
 # %% ../../nbs/data/folders.ipynb #6d06a6d7
-def _attempt_all(paths: list[Path], size: int, what: str) -> list[tuple[np.ndarray, bool] | Exception]:
-    "Decode files in parallel, with a progress bar on a terminal."
+_CHUNK = 64  # files that a thread decodes before it reports
+
+
+def _attempt_all(paths: list[str], images: np.ndarray, what: str) -> list[bool | Exception]:
+    "Decode files into uint8 (N, size, size, 3) in parallel, with a progress bar on a terminal."
     from tqdm import tqdm
 
-    with _quietly(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda path: _attempt(path, size), paths)
-        return list(tqdm(results, total=len(paths), desc=f"reading {what} images", unit="img", disable=None, leave=False))
+    def attempt_chunk(start: int) -> list[bool | Exception]:
+        chosen = slice(start, start + _CHUNK)
+        return [_attempt(path, image) for path, image in zip(paths[chosen], images[chosen], strict=True)]
+
+    results: list[bool | Exception] = []
+    with _quietly(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
+            tqdm(total=len(paths), desc=f"reading {what} images", unit="img", disable=None, leave=False) as bar:
+        for chunk in pool.map(attempt_chunk, range(0, len(paths), _CHUNK)):
+            results += chunk
+            bar.update(len(chunk))
+    return results
 
 # %% ../../nbs/data/folders.ipynb #6b43407c
-def _refuse_or_skip(bad: list[tuple[Path, Exception]], skip_bad: bool) -> None:
+def _refuse_or_skip(bad: list[tuple[str, Exception]], skip_bad: bool) -> None:
     "Raise `InputError` for unreadable files, or log each of them."
     if bad and not skip_bad:
-        raise InputError(f"{bad[0][0]} is not a readable image ({bad[0][1]}); {len(bad)} such file{'s' * (len(bad) > 1)}. "
+        path, error = bad[0]
+        raise InputError(f"{path} is not a readable image ({_explain(path, error)}); {len(bad)} such file{'s' * (len(bad) > 1)}. "
                          "Remove it, or leave such files out with --skip-bad (skip_bad=True)")
     for path, error in bad:
         _log.warning("skipped %s: %s", path, error)
 
 # %% ../../nbs/data/folders.ipynb #fc71e50b
 def _decode_all(
-    files: dict[str, list[Path]],  # of each class
+    files: dict[str, list[str]],  # of each class
     class_names: tuple[str, ...],  # in label order
     size: int,
     skip_bad: bool,
     what: str,  # "training" or "test", for messages
 ) -> tuple[np.ndarray, np.ndarray]:  # uint8 (N, size, size, 3), int64 (N,)
     "Decode the files of all classes. Raises `InputError` for unreadable files, or if none can be read."
-    jobs = [(path, class_names.index(name)) for name, paths in files.items() for path in paths]
-    results = _attempt_all([path for path, _ in jobs], size, what)
-    bad = [(path, result) for (path, _), result in zip(jobs, results, strict=True) if isinstance(result, Exception)]
-    _refuse_or_skip(bad, skip_bad)
-    good = [(result, label) for result, (_, label) in zip(results, jobs, strict=True) if not isinstance(result, Exception)]
-    if not good:
+    paths = [path for name in files for path in files[name]]
+    labels = np.repeat([class_names.index(name) for name in files], [len(files[name]) for name in files]).astype(np.int64)
+    images = np.empty((len(paths), size, size, 3), np.uint8)
+    results = _attempt_all(paths, images, what)
+    _refuse_or_skip([(path, result) for path, result in zip(paths, results) if isinstance(result, Exception)], skip_bad)
+    good = np.array([not isinstance(result, Exception) for result in results])
+    if not good.any():
         raise InputError(f"none of the {what} images could be read")
-    if resized := sum(was_resized for (_, was_resized), _ in good):
-        _log.warning("%d of %d %s images were cropped to a square and resized to %d×%d", resized, len(good), what, size, size)
-    return np.stack([image for (image, _), _ in good]), np.array([label for _, label in good], dtype=np.int64)
+    if resized := sum(result is True for result in results):
+        _log.warning("%d of %d %s images were cropped to a square and resized to %d×%d", resized, good.sum(), what, size, size)
+    for place, kept in enumerate(np.flatnonzero(good)):  # in place, one image at a time
+        if place < kept:
+            images[place] = images[kept]
+    return images[:good.sum()], labels[good]
 
 # %% ../../nbs/data/folders.ipynb #5a263b16
 def _measure(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:  # uint8 (N, H, W, 3) -> mean, std
     "Measure each channel's mean and standard deviation, pixels in 0..1."
-    histogram = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]) / (images.size / 3)
+    counts, block = np.zeros((3, 256)), max(1, 2**20 // images[0].size)  # images counted at a time
+    for start in range(0, len(images), block):
+        counts += [np.bincount(images[start:start + block, ..., c].ravel(), minlength=256) for c in range(3)]
+    histogram = counts / (images.size / 3)
     values = np.arange(256) / 255
     mean = histogram @ values
     std = np.sqrt(np.maximum(histogram @ values**2 - mean**2, 1e-6))
     return tuple(mean.tolist()), tuple(std.tolist())
 
+# %% ../../nbs/data/folders.ipynb #c99f44e0
+def _read_number(path: str, pattern: str = r"(\d+)") -> int | None:
+    "Return a number from a small file of the system; None if it is missing or has no number."
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+        found = re.search(pattern, file.read())
+        return int(found[1]) if found else None
+    return None
+
+
+def _available_memory() -> int | None:
+    "Return the bytes that this process can still use; None if the system does not tell."
+    free = [1024 * kilobytes] if (kilobytes := _read_number("/proc/meminfo", r"MemAvailable:\s*(\d+)")) is not None else []
+    groups = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
+    free += [limit for path in groups if (limit := _read_number(path, r"^(\d+)$")) is not None]
+    with contextlib.suppress(ImportError):
+        import resource
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        free += [limit - 4096 * (_read_number("/proc/self/statm") or 0)] if limit != resource.RLIM_INFINITY else []
+    return min(free) if free else None
+
+# %% ../../nbs/data/folders.ipynb #72baca99
+def _check_memory(files: int, size: int) -> None:
+    "Raise `InputError` for images that do not fit into the memory."
+    needed, free = files * size * size * 3, _available_memory()
+    if free is not None and 1.1 * needed > free:
+        raise InputError(f"{files:,} images of {size}×{size} pixels need {needed / 1e9:.1f} GB of memory, and "
+                         f"{max(free, 0) / 1e9:.1f} GB are free: choose a smaller image size, or use fewer images")
+
 # %% ../../nbs/data/folders.ipynb #48a667d4
-def _read_folder(root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]], size: int, skip_bad: bool) -> ImageData:
+def _read_folder(root: Path, listing: _Listing, size: int, skip_bad: bool) -> ImageData:
     "Decode a listed folder. Raises `InputError`."
+    train, test = (listing.train, listing.test) if listing.test else _hold_out_test(root, listing.train)
     class_names = tuple(train)
+    _check_memory(sum(len(paths) for files in (train, test) for paths in files.values()), size)
     images, labels = _decode_all(train, class_names, size, skip_bad, "training")
     test_images, test_labels = _decode_all(test, class_names, size, skip_bad, "test")
     if missing := [name for i, name in enumerate(class_names) if i not in set(labels.tolist())]:
@@ -213,16 +542,28 @@ def _read_folder(root: Path, train: dict[str, list[Path]], test: dict[str, list[
     return ImageData(images, labels, test_images, test_labels, class_names, *_measure(images), root.resolve().name)
 
 # %% ../../nbs/data/folders.ipynb #1c38ce66
-def _folder_key(root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]], size: int, skip_bad: bool) -> str:
+def _folder_key(root: Path, listing: _Listing, size: int, skip_bad: bool) -> str:
     "Return a name that changes with any file's path, size or modification time."
-    digest = hashlib.sha256(os.fsencode(f"v2 {root.resolve()} {size} {skip_bad}"))
-    for kind, files in (("train", train), ("test", test)):
-        for path in (path for paths in files.values() for path in paths):
-            stat = path.stat()
-            digest.update(os.fsencode(f"{kind} {path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n"))
+    digest = hashlib.sha256(os.fsencode(f"v3 {root.resolve()} {size} {skip_bad} {listing.test is None}"))
+    for kind, files in (("train", listing.train), ("test", listing.test or {})):
+        for name, paths in files.items():
+            for path in paths:
+                stat = os.stat(path)
+                digest.update(os.fsencode(f"{kind} {name} {path[len(str(root)):]} {stat.st_size} {stat.st_mtime_ns}\n"))
     return f"folder-{digest.hexdigest()[:32]}"
 
 # %% ../../nbs/data/folders.ipynb #a95c20db
+def _log_counts(root: Path, listing: _Listing, data: ImageData) -> None:
+    "Log, on each call, how many images are held out or cannot be read; decoding logs their names."
+    listing.log(root.name)
+    listed = sum(len(paths) for files in (listing.train, listing.test or {}) for paths in files.values())
+    if listing.test is None:
+        _log.warning("%s has no test folder: %d of its %d images, chosen by their names, are held out for testing", root.name,
+                     len(data.test_labels), len(data.train_labels) + len(data.test_labels))
+    if unread := listed - len(data.train_labels) - len(data.test_labels):
+        _log.warning("%d of the %d files in %s are left out, since they cannot be read", unread, listed, root.name)
+
+# %% ../../nbs/data/folders.ipynb #adfded90
 def folder_data(
     source: str,  # a folder: train/<class>/* and test/<class>/*, or <class>/*
     size: int,  # side in pixels of the images
@@ -231,11 +572,12 @@ def folder_data(
     "Load a folder through the cache. Raises `InputError`."
     try:
         root = Path(source).expanduser()
-        train, test = _list_folder(root)
-        data = cached(_folder_key(root, train, test, size, skip_bad), lambda: _read_folder(root, train, test, size, skip_bad))
-        listed = sum(len(paths) for files in (train, test) for paths in files.values())
-        if left_out := listed - len(data.train_labels) - len(data.test_labels):  # on each call; decoding logs their names
-            _log.warning("%d of the %d files in %s are left out, since they cannot be read", left_out, listed, root.name)
+        listing = _list_folder(root)
+        data = cached(_folder_key(root, listing, size, skip_bad), lambda: _read_folder(root, listing, size, skip_bad))
+        _log_counts(root, listing, data)
         return data
-    except (OSError, RuntimeError) as error:  # no permission, a file that has just gone, an unknown ~user
-        raise InputError(f"{source} cannot be read ({error})") from error
+    except (OSError, RuntimeError, MemoryError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        # no permission, a file that has just gone, an unknown ~user, a name with a null character, no memory
+        raise InputError(f"{source} cannot be read ({error or 'out of memory'})") from error

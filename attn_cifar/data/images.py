@@ -7,7 +7,8 @@ __all__ = ['ImageData', 'normalize', 'unnormalize']
 
 # %% ../../nbs/01_data.ipynb #a1565aff
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +30,103 @@ def _stratified(
         rank[members] = (np.arange(len(members)) + 0.5) / len(members)
     return np.sort(np.argsort(rank, kind="stable")[:count])
 
+# %% ../../nbs/01_data.ipynb #48227efd
+_LAYOUTS = {  # by the number of dimensions and the likely place of the channels: what helps
+    "gray": "gray images (N, H, W): use np.repeat(images[..., None], 3, axis=3)",
+    "one": "one channel: use np.repeat(images, 3, axis=3)",
+    "alpha": "four channels: drop the last, images[..., :3]",
+    "first": "channels first (N, 3, H, W): use images.transpose(0, 2, 3, 1)",
+}
+
+
+def _layout(shape: tuple[int, ...]) -> str:
+    "Return what is wrong with a shape that is not (N, H, W, 3), if it is one of the usual ones."
+    if len(shape) == 3:
+        return _LAYOUTS["gray"]
+    if len(shape) == 4 and shape[3] in (1, 4):
+        return _LAYOUTS["one" if shape[3] == 1 else "alpha"]
+    return _LAYOUTS["first"] if len(shape) == 4 and shape[1] == 3 else "expected (N, H, W, 3)"
+
+# %% ../../nbs/01_data.ipynb #a1737e2d
+def _as_array(values: Any, name: str) -> np.ndarray:
+    "Return a list or a tensor as an array. Raises `InputError`."
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, a tensor on a GPU
+        raise InputError(f"{name} cannot be made an array ({error})") from None
+
+# %% ../../nbs/01_data.ipynb #d745f2f4
+def _check_images(images: Any, name: str) -> np.ndarray:  # uint8 (N, H, W, 3)
+    "Return images as an array, memory-mapped ones as they are. Raises `InputError` for another type or shape."
+    if not isinstance(images, np.ndarray):
+        images = _as_array(images, name)
+    if images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(f"{name} has the shape {images.shape}; {_layout(images.shape)}")
+    if images.dtype != np.uint8:
+        scale = "round(255 * images) if they lie in 0..1" if images.dtype.kind == "f" else "values in 0..255"
+        raise InputError(f"{name} is {images.dtype}, but pixels are uint8, 0 to 255: convert them ({scale})")
+    if 0 in images.shape:
+        raise InputError(f"{name} has the shape {images.shape}: there is no image in it")
+    return images
+
+# %% ../../nbs/01_data.ipynb #2c2c8ce1
+def _check_labels(labels: Any, name: str, count: int, classes: int) -> np.ndarray:  # int64 (N,)
+    "Return labels as int64 (count,). Raises `InputError` for other numbers than 0 .. classes - 1."
+    labels = labels if isinstance(labels, np.ndarray) else _as_array(labels, name)
+    if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras delivers them
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise InputError(f"{name} has the shape {labels.shape}, expected one number per image: for one-hot rows, use argmax(1)")
+    if labels.dtype.kind not in "iu":
+        raise InputError(f"{name} is {labels.dtype}, but labels are integers, the position of the class in class_names")
+    if len(labels) != count:
+        raise InputError(f"{name} has {len(labels):,} labels for {count:,} images")
+    if (least := int(labels.min())) < 0 or (most := int(labels.max())) >= classes:
+        outside = least if least < 0 else most
+        raise InputError(f"{name} has the label {outside}, but {classes} class names allow 0 to {classes - 1}"
+                         + ("; subtract 1 from labels that begin with 1" if least > 0 and most == classes else ""))
+    return labels.astype(np.int64, copy=False)
+
+# %% ../../nbs/01_data.ipynb #0527fb28
+def _check_names(names: Any) -> tuple[str, ...]:
+    "Return class names as a tuple of texts. Raises `InputError` for none, equal ones or a single text."
+    names = (names,) if isinstance(names, str) else tuple(str(name) for name in names)
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"class_names needs one different name per class, not {names}")
+    return names
+
+
+def _check_channels(values: Any, name: str, least: float) -> tuple[float, float, float]:
+    "Return three numbers of least .. 1. Raises `InputError`."
+    numbers = _as_array(values, name)
+    if numbers.shape != (3,) or numbers.dtype.kind not in "fiu" or not ((least <= numbers) & (numbers <= 1)).all():
+        raise InputError(f"{name} needs three numbers, one per channel, measured on pixels in 0..1"
+                         f"{', and above 0' * (least > 0)}; not {values}")
+    red, green, blue = numbers.tolist()
+    return float(red), float(green), float(blue)
+
+# %% ../../nbs/01_data.ipynb #f61f2305
+def _checked(data: "ImageData") -> dict[str, Any]:
+    "Return the fields of a data set in their final types. Raises `InputError`."
+    names = _check_names(data.class_names)
+    fields: dict[str, Any] = {"class_names": names, "mean": _check_channels(data.mean, "mean", 0),
+                              "std": _check_channels(data.std, "std", 1e-6)}
+    for part in ("train", "test"):
+        images = _check_images(getattr(data, f"{part}_images"), f"{part}_images")
+        labels = _check_labels(getattr(data, f"{part}_labels"), f"{part}_labels", len(images), len(names))
+        fields |= {f"{part}_images": images, f"{part}_labels": labels}
+    if (train := fields["train_images"].shape[1:3]) != (test := fields["test_images"].shape[1:3]):
+        raise InputError(f"training images of {train[0]}×{train[1]} pixels, but test images of {test[0]}×{test[1]}")
+    return fields
+
 # %% ../../nbs/01_data.ipynb #1960ec17
 @dataclass(frozen=True)
 class ImageData:
-    "A labeled image data set: training and test images, class names and normalization."
+    """A labeled image data set: training and test images, class names and normalization.
+
+    Your own arrays are checked once: labels of any integer type become int64; anything else raises `InputError` in `check`, and
+    so in `split`, `subset` and `Batches`.
+    """
     train_images: np.ndarray  # uint8 (N, H, W, 3)
     train_labels: np.ndarray  # int64 (N,)
     test_images: np.ndarray  # uint8 (M, H, W, 3)
@@ -42,7 +136,25 @@ class ImageData:
     std: tuple[float, ...]  # standard deviation of each channel, likewise
     name: str  # the source: "cifar10", "shapes", or the folder's name
 
+    _problem: str = field(default="", init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            changes: dict[str, Any] = _checked(self)
+        except InputError as error:
+            changes = {"_problem": str(error)}
+        for name, value in changes.items():
+            object.__setattr__(self, name, value)
+
+    def check(self) -> "ImageData":
+        "Return the same value. Raises `InputError` for arrays that are not of the form described above."
+        if self._problem:
+            raise InputError(self._problem)
+        return self
+
     def __repr__(self) -> str:
+        if self._problem:
+            return f"ImageData({self.name!r}: {self._problem})"
         height, width = self.train_images.shape[1:3]
         return (f"ImageData({self.name!r}: {len(self.train_labels):,} training and {len(self.test_labels):,} test images of "
                 f"{height}×{width} pixels, {len(self.class_names)} classes)")
@@ -53,6 +165,7 @@ class ImageData:
         seed: int = 0,  # of the choice
     ) -> "ImageData":
         "Hold out `valid` training images, the same share of each class, in place of the test images. Raises `InputError`."
+        self.check()
         if not 0 < valid < len(self.train_labels):
             raise InputError(f"valid must lie between 1 and {len(self.train_labels) - 1}, not {valid}")
         held_out = _stratified(self.train_labels, valid, seed)
@@ -67,7 +180,10 @@ class ImageData:
         test: int,  # how many test images to keep
         seed: int = 0,  # of the choice
     ) -> "ImageData":
-        "Keep a part, the same share of each class, for a quick look."
+        "Keep a part, the same share of each class, for a quick look. Raises `InputError`."
+        self.check()
+        if train < 1 or test < 1:
+            raise InputError(f"a subset needs at least one training and one test image, not {train} and {test}")
         kept = _stratified(self.train_labels, min(train, len(self.train_labels)), seed)
         kept_test = _stratified(self.test_labels, min(test, len(self.test_labels)), seed)
         return replace(self, train_images=self.train_images[kept], train_labels=self.train_labels[kept],
@@ -76,7 +192,8 @@ class ImageData:
 # %% ../../nbs/01_data.ipynb #19149571
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:
     "Return one number per channel as a tensor that broadcasts over (B, 3, H, W), on the device of `like`."
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
+    numbers = [torch.full((), value, dtype=torch.float32, device=like.device) for value in values]  # a copy would wait for a GPU
+    return torch.stack(numbers).view(1, -1, 1, 1)
 
 # %% ../../nbs/01_data.ipynb #dc31f45a
 def _normalize_rows(

@@ -6,7 +6,11 @@
 __all__ = ['CIFAR10_MEAN', 'CIFAR10_STD', 'cifar10', 'load_data']
 
 # %% ../../nbs/data/sources.ipynb #8d5a0a33
+import hashlib
+import io
 import os
+import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,40 +20,73 @@ from .cache import cache_folder, cached
 from .folders import folder_data
 from .images import ImageData
 from .shapes import shapes_data
+from ..files import open_file
 
 # %% ../../nbs/data/sources.ipynb #44d5c2d2
 CIFAR10_MEAN = 0.49139968, 0.48215841, 0.44653091  # of the 50,000 training images, as in the upstream course
 CIFAR10_STD = 0.24703223, 0.24348513, 0.26158784
 
 
-def _check_archive(
-    archive: Path,  # may be missing
+def _read_checked(
+    path: Path,  # may be missing
     md5: str,  # the expected checksum
-) -> None:
-    "Raise `InputError` if an existing archive has another MD5 checksum."
-    from torchvision.datasets.utils import check_integrity
-
-    if archive.exists() and not check_integrity(str(archive), md5):
-        raise InputError(f"{archive} is corrupt: its MD5 checksum is not {md5}; nothing was read from it. "
+) -> bytes | None:
+    "Read a file, None if it is missing. Raises `InputError` for another MD5 checksum."
+    try:
+        with open_file(path, "rb", links=True) as file:
+            content = file.read()
+    except FileNotFoundError:
+        return None
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise InputError(f"{path} is corrupt: its MD5 checksum is not {md5}; nothing was read from it. "
                          "Delete it and run again")
+    return content
 
 # %% ../../nbs/data/sources.ipynb #1246ded3
+def _cifar10_files(folder: Path) -> dict[str, bytes] | None:  # of each file of the archive
+    "Read CIFAR-10's files from the archive, or unpacked; None if neither exists. Raises `InputError` for a corrupt archive."
+    from torchvision.datasets import CIFAR10
+
+    meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
+    sums = {str(name): str(md5) for name, md5 in (meta, *CIFAR10.train_list, *CIFAR10.test_list)}
+    if (archive := _read_checked(folder / CIFAR10.filename, CIFAR10.tgz_md5)) is None:
+        files = {name: _read_checked(folder / CIFAR10.base_folder / name, md5) for name, md5 in sums.items()}
+        return None if None in files.values() else {name: content for name, content in files.items() if content is not None}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+        content = {name: members.extractfile(f"{CIFAR10.base_folder}/{name}") for name in sums}
+        return {name: member.read() for name, member in content.items() if member is not None}
+
+# %% ../../nbs/data/sources.ipynb #04977f66
+def _download_cifar10(folder: Path) -> dict[str, bytes]:
+    "Download CIFAR-10's archive, and read its files. Raises `InputError`."
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import download_url
+
+    try:
+        download_url(CIFAR10.url, str(folder), CIFAR10.filename, CIFAR10.tgz_md5)
+        files = _cifar10_files(folder)
+    except (OSError, RuntimeError) as error:
+        _read_checked(folder / CIFAR10.filename, CIFAR10.tgz_md5)  # an interrupted download leaves a file
+        raise InputError(f"CIFAR-10 could not be downloaded ({error}). Put {CIFAR10.filename} into {folder} yourself, "
+                         "or use --data shapes (built in) or --data FOLDER (your own images)") from error
+    if files is None:
+        raise InputError(f"CIFAR-10 was downloaded, but {folder / CIFAR10.filename} is gone")
+    return files
+
+# %% ../../nbs/data/sources.ipynb #0176c90f
 def cifar10() -> ImageData:
     "Download CIFAR-10 with torchvision, verify it, and return it. Raises `InputError`."
     from torchvision.datasets import CIFAR10
 
     folder = cache_folder() / "cifar10"
-    archive = folder / CIFAR10.filename
-    _check_archive(archive, CIFAR10.tgz_md5)
-    try:
-        parts = [CIFAR10(str(folder), train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        _check_archive(archive, CIFAR10.tgz_md5)
-        raise InputError(f"CIFAR-10 could not be downloaded ({error}). Put {CIFAR10.filename} into {folder} yourself, "
-                         "or use --data shapes (built in) or --data FOLDER (your own images)") from error
-    train_labels, test_labels = (np.array(part.targets, dtype=np.int64) for part in parts)
-    return ImageData(parts[0].data, train_labels, parts[1].data, test_labels, tuple(parts[0].classes), CIFAR10_MEAN,
-                     CIFAR10_STD, "cifar10")
+    files = _cifar10_files(folder) or _download_cifar10(folder)
+    parts: list[np.ndarray] = []
+    for listed in (CIFAR10.train_list, CIFAR10.test_list):
+        batches = [pickle.loads(files[str(name)], encoding="latin1") for name, _ in listed]
+        pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        parts += [np.ascontiguousarray(pixels), np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)]
+    names = pickle.loads(files[CIFAR10.meta["filename"]], encoding="latin1")[CIFAR10.meta["key"]]
+    return ImageData(parts[0], parts[1], parts[2], parts[3], tuple(names), CIFAR10_MEAN, CIFAR10_STD, "cifar10").check()
 
 # %% ../../nbs/data/sources.ipynb #c475fd1b
 def load_data(
@@ -61,7 +98,8 @@ def load_data(
     """Load a data set by name or from a folder. It is decoded once, cached, and memory-mapped from then on.
 
     source: "cifar10" (downloaded by torchvision, checksum verified), "shapes" (drawn, no download), or a folder that contains
-        train/<class>/* and test/<class>/*, or <class>/* alone: then one image in six becomes a test image.
+        train/<class>/* and test/<class>/*, by these or similar names, or <class>/* alone: then one image in six becomes a test
+        image.
     image_size: side in pixels to which the images of a folder are cropped and resized, 8 to 1024; 32 for the other sources.
     skip_bad: leave out files of a folder that cannot be read, instead of raising.
 
@@ -69,10 +107,12 @@ def load_data(
 
     Example: `data = load_data("photos", image_size=64)`
     """
-    if not 8 <= image_size <= 1024:
+    if not str(source):
+        raise InputError("the data source is empty: use cifar10, shapes, or a folder of images")
+    if not isinstance(image_size, int | np.integer) or not 8 <= image_size <= 1024:
         raise InputError(f"image_size must lie between 8 and 1024 pixels, not {image_size}")
     if str(source) in ("cifar10", "shapes"):
         if image_size != 32:
             raise InputError(f"{source} has images of 32×32; image_size is for folders")
         return cached("cifar10-v1", cifar10) if str(source) == "cifar10" else cached("shapes-v1", shapes_data)
-    return folder_data(str(source), image_size, skip_bad)
+    return folder_data(str(source), int(image_size), skip_bad)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BasicAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'MODELS', 'ModelEntry', 'RelativePosition',
-           'SimilarityAttention', 'SpatialAttention', 'SpeedAttention', 'SpeedBlock', 'Ultimus', 'conv_block',
-           'count_macs', 'count_parameters', 'create_model', 'describe_model', 'find_pretrained', 'evaluation_mode',
+           'SimilarityAttention', 'SpatialAttention', 'SpeedAttention', 'SpeedBlock', 'Ultimus', 'attend', 'conv_block',
+           'count_macs', 'count_parameters', 'create_model', 'describe_model', 'evaluation_mode', 'find_pretrained',
            'l1_term', 'list_models', 'load_pretrained', 'record_attention', 'unwrap', 'whitening_filters']
 
 # %% ../../nbs/models/package.ipynb #5366c916
 from .blocks import (
-    ChannelGate, DepthwiseBlock, RelativePosition, SimilarityAttention, Ultimus, conv_block, record_attention)
+    ChannelGate, DepthwiseBlock, RelativePosition, SimilarityAttention, Ultimus, attend, conv_block, record_attention)
 from .inspection import count_macs, count_parameters, evaluation_mode, l1_term, unwrap
 from .networks import (
     BasicAttention, HybridAttention, SpatialAttention, SpeedAttention, SpeedBlock, whitening_filters)
@@ -20,6 +20,6 @@ from .registry import (
 # %% ../../nbs/models/package.ipynb #20a38fc0
 _all_ = [
     "BasicAttention", "ChannelGate", "DepthwiseBlock", "HybridAttention", "MODELS", "ModelEntry", "RelativePosition",
-    "SimilarityAttention", "SpatialAttention", "SpeedAttention", "SpeedBlock", "Ultimus", "conv_block", "count_macs",
-    "count_parameters", "create_model", "describe_model", "find_pretrained", "evaluation_mode", "l1_term", "list_models", "load_pretrained",
-    "record_attention", "unwrap", "whitening_filters"]
+    "SimilarityAttention", "SpatialAttention", "SpeedAttention", "SpeedBlock", "Ultimus", "attend", "conv_block", "count_macs",
+    "count_parameters", "create_model", "describe_model", "evaluation_mode", "find_pretrained", "l1_term", "list_models",
+    "load_pretrained", "record_attention", "unwrap", "whitening_filters"]

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['MODELS', 'ModelEntry', 'list_models', 'create_model', 'describe_model', 'find_pretrained', 'load_pretrained']
 
-# %% ../../nbs/models/registry.ipynb #187d29ad
+# %% ../../nbs/models/registry.ipynb #bb735870
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,58 +21,54 @@ from ..core import InputError
 from .inspection import count_macs, count_parameters
 from .networks import BasicAttention, HybridAttention, SpatialAttention, SpeedAttention
 
-# %% ../../nbs/models/registry.ipynb #151df7d3
+# %% ../../nbs/models/registry.ipynb #ac134acb
 @dataclass(frozen=True)
 class ModelEntry:
-    "Say how a registered model is made, and by which recipe it is trained unless another is asked for."
+    "A registered model: its constructor, its default recipe and a summary."
     make: Callable[..., nn.Module]  # takes num_classes
     recipe: str  # a name in `attn_cifar.training.RECIPES`
     summary: str  # one line
 
-# %% ../../nbs/models/registry.ipynb #2eac14f6
+# %% ../../nbs/models/registry.ipynb #10cadcb4
+_TINY: dict[str, Any] = {"channels": 56, "stem": 16, "activation": nn.SiLU}
+_SMALL: dict[str, Any] = {"channels": 96, "stem": 32, "depth": (4, 6), "wide": 180, "activation": nn.SiLU}
+_BASE: dict[str, Any] = {"channels": 256, "stem": 64, "depth": (4, 12), "wide": 512, "activation": nn.SiLU}
+_SIMILARITY: dict[str, Any] = {"attention": "similarity", "reach": 7}
+
 MODELS: dict[str, ModelEntry] = {
     "basic_attn": ModelEntry(BasicAttention, "upstream", "upstream's network as described: attention over 8 pooled channels"),
-    "basic_attn_tied": ModelEntry(lambda num_classes=10: BasicAttention(num_classes, tied=True), "upstream",
+    "basic_attn_tied": ModelEntry(partial(BasicAttention, tied=True), "upstream",
                                   "upstream's network as its code ran it: one projection, one block called four times"),
     "spatial_attn": ModelEntry(SpatialAttention, "upstream", "the same blocks over 8×8 positions, with residuals"),
     "hybrid_attn": ModelEntry(HybridAttention, "plain", "depthwise convolutions, and one attention block over 8×8 positions"),
-    "attn_tiny": ModelEntry(lambda num_classes=10: HybridAttention(
-        num_classes, channels=56, stem=16, attention="similarity", heads=2, reach=7, activation=nn.SiLU), "tiny",
-        "depthwise convolutions, attention without projections beside them"),
-    "conv_tiny": ModelEntry(lambda num_classes=10: HybridAttention(
-        num_classes, channels=56, stem=16, attention=None, activation=nn.SiLU), "tiny", "its twin without attention"),
-    "attn_small": ModelEntry(lambda num_classes=10: HybridAttention(
-        num_classes, channels=96, stem=32, depth=(4, 6), wide=180, attention="similarity", heads=4, reach=7, activation=nn.SiLU),
-        "small", "the form of attn_tiny with eleven times its parameters"),
-    "conv_small": ModelEntry(lambda num_classes=10: HybridAttention(
-        num_classes, channels=96, stem=32, depth=(4, 6), wide=180, attention=None, activation=nn.SiLU), "small",
-        "its twin without attention"),
-    "attn_base": ModelEntry(lambda num_classes=10: HybridAttention(
-        num_classes, channels=256, stem=64, depth=(4, 12), wide=512, attention="similarity", heads=8, reach=7, beside=4,
-        activation=nn.SiLU), "base", "the same form under 3.8 million parameters"),
-    "conv_base": ModelEntry(lambda num_classes=10: HybridAttention(
-        num_classes, channels=256, stem=64, depth=(4, 12), wide=512, attention=None, activation=nn.SiLU), "base",
-        "its twin without attention"),
+    "attn_tiny": ModelEntry(partial(HybridAttention, **_TINY, **_SIMILARITY, heads=2), "tiny",
+                            "depthwise convolutions, attention without projections beside them"),
+    "conv_tiny": ModelEntry(partial(HybridAttention, **_TINY, attention=None), "tiny", "its twin without attention"),
+    "attn_small": ModelEntry(partial(HybridAttention, **_SMALL, **_SIMILARITY, heads=4), "small",
+                             "the form of attn_tiny with eleven times its parameters"),
+    "conv_small": ModelEntry(partial(HybridAttention, **_SMALL, attention=None), "small", "its twin without attention"),
+    "attn_base": ModelEntry(partial(HybridAttention, **_BASE, **_SIMILARITY, heads=8, beside=4), "base",
+                            "the same form under 3.8 million parameters"),
+    "conv_base": ModelEntry(partial(HybridAttention, **_BASE, attention=None), "base", "its twin without attention"),
     "attn_speed": ModelEntry(SpeedAttention, "speed", "dense convolutions with attention beside them, for few epochs"),
-    "conv_speed": ModelEntry(lambda num_classes=10: SpeedAttention(num_classes, attention=False), "speed",
-                             "its twin without attention"),
+    "conv_speed": ModelEntry(partial(SpeedAttention, attention=False), "speed", "its twin without attention"),
 }
 
-
+# %% ../../nbs/models/registry.ipynb #a71bebc7
 def list_models() -> list[str]:
     "Return the names that `create_model` takes."
     return list(MODELS)
 
-# %% ../../nbs/models/registry.ipynb #a6c44337
+# %% ../../nbs/models/registry.ipynb #f479fb52
 def create_model(
     name: str,  # one of `list_models()`
     num_classes: int = 10,
 ) -> nn.Module:
-    "Make a registered model with fresh weights: images (B, 3, H, W) to logits (B, num_classes). Raises `InputError`."
+    "Create a registered model with fresh weights: images (B, 3, H, W) to logits (B, num_classes). Raises `InputError`."
     if name not in MODELS:
         raise InputError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    if num_classes < 2:
-        raise InputError(f"num_classes must be at least 2, not {num_classes}")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise InputError(f"num_classes must be a whole number of at least 2, not {num_classes!r}")
     model = MODELS[name].make(num_classes=num_classes)
     model.registered_name = name  # type: ignore[assignment]  # PyTorch's hints know tensors and modules only
     return model
@@ -82,19 +80,26 @@ def describe_model(name: str) -> dict[str, str | int]:
     return {"name": name, "parameters": count_parameters(model), "macs": count_macs(model), "recipe": MODELS[name].recipe,
             "summary": MODELS[name].summary}
 
-# %% ../../nbs/models/registry.ipynb #bf740af4
+# %% ../../nbs/models/registry.ipynb #81416750
 def find_pretrained(name: str) -> Path | None:
-    "Return the folder of a shipped model; None where there is none of that name."
+    "Return the folder of a shipped model, None if there is none of that name."
     folder = Path(str(files("attn_cifar"))) / "pretrained" / name
     return folder if name in MODELS and folder.is_dir() else None
 
-# %% ../../nbs/models/registry.ipynb #d564f44e
-def load_pretrained(name: str) -> nn.Module:
-    "Load a shipped model in evaluation mode: normalised images (B, 3, 32, 32) to logits (B, 10). Raises `InputError`."
+# %% ../../nbs/models/registry.ipynb #319e0c80
+def load_pretrained(
+    name: str,  # of a shipped model
+    num_classes: int | None = None,  # of your own data, for a fresh head; None: the shipped head for CIFAR-10's classes
+) -> nn.Module:
+    "Load a shipped model in evaluation mode: normalized images (B, 3, H, W) to logits (B, classes). Raises `InputError`."
     folder = find_pretrained(name)
     if folder is None:
         shipped = ", ".join(filter(find_pretrained, MODELS)) or "none"
         raise InputError(f"{name!r} does not come with weights; there is {shipped}")
-    model = create_model(name)
-    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    weights = load_file(folder / "weights.safetensors")
+    model = create_model(name) if num_classes is None else create_model(name, num_classes)
+    if num_classes is not None:
+        weights = {key: value for key, value in weights.items() if not key.startswith("fc1.")}
+        weights |= {f"fc1.{key}": value for key, value in model.get_submodule("fc1").state_dict().items()}
+    model.load_state_dict(weights)
     return model.to(memory_format=torch.channels_last).eval()

@@ -6,12 +6,13 @@
 __all__ = ['BatchLoss', 'CHECKPOINT', 'Engine', 'Evaluation', 'Muon', 'OPTIMIZERS', 'Processes', 'RECIPES', 'Recipe', 'Run',
            'TrainingState', 'autocast', 'calibration_table', 'check_output', 'choose_engine', 'choose_recipe',
            'class_table', 'confused_table', 'current_momentum', 'describe_machine', 'evaluate', 'fit', 'join_processes',
-           'keep_memory', 'leave_processes', 'load_run', 'make_optimizer', 'make_scheduler', 'orthogonalize',
-           'read_config', 'refuse_other_run']
+           'keep_memory', 'leave_processes', 'load_run', 'logits_of', 'make_optimizer', 'make_scheduler',
+           'orthogonalize', 'read_config', 'refuse_other_run', 'wilson_interval']
 
 # %% ../../nbs/training/package.ipynb #f04a621e
-from .engine import BatchLoss, Engine, autocast, choose_engine, keep_memory
-from .evaluation import Evaluation, calibration_table, class_table, confused_table, evaluate
+from .engine import BatchLoss, Engine, autocast, choose_engine, keep_memory, logits_of
+from .evaluation import (
+    Evaluation, calibration_table, class_table, confused_table, evaluate, wilson_interval)
 from .loop import CHECKPOINT, check_output, fit
 from .muon import Muon, orthogonalize
 from .processes import Processes, join_processes, leave_processes
@@ -25,4 +26,5 @@ _all_ = [
     "BatchLoss", "CHECKPOINT", "Engine", "Evaluation", "Muon", "OPTIMIZERS", "Processes", "RECIPES", "Recipe", "Run",
     "TrainingState", "autocast", "calibration_table", "check_output", "choose_engine", "choose_recipe", "class_table",
     "confused_table", "current_momentum", "describe_machine", "evaluate", "fit", "join_processes", "keep_memory",
-    "leave_processes", "load_run", "make_optimizer", "make_scheduler", "orthogonalize", "read_config", "refuse_other_run"]
+    "leave_processes", "load_run", "logits_of", "make_optimizer", "make_scheduler", "orthogonalize", "read_config",
+    "refuse_other_run", "wilson_interval"]
