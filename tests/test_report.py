@@ -137,6 +137,7 @@ def test_report_has_every_section_and_loads_nothing(run_folder):
     assert not list(run_folder.rglob("*.tmp"))
 
 
+@pytest.mark.long
 def test_a_report_made_again_is_the_same(run_folder):
     data = load_data("shapes").subset(500, 200)
     data = replace(data, class_names=(HOSTILE, *data.class_names[1:]))
@@ -383,6 +384,8 @@ def test_columns_without_content_are_left_out(tmp_path):
     run, data = make_run(tmp_path / "run", torch.nn.functional.one_hot(labels, 2).float(), labels)
     text = Page(make_report(run, data).read_text(encoding="utf-8")).text
     assert "Taken for" not in text and "No mistakes." in text
+    before = (tmp_path / "run" / "report.html").read_bytes()
+    assert make_report(run, data).read_bytes() == before, "a report made again is the same"
 
 
 @pytest.mark.parametrize(("wrong", "poor"), [(10, True), (0, False)])
