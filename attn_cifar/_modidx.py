@@ -808,6 +808,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
             'attn_cifar.studies.demo': { 'attn_cifar.studies.demo._moral': ('studies/demo.html#_moral', 'attn_cifar/studies/demo.py'),
                                          'attn_cifar.studies.demo._train_demo': ( 'studies/demo.html#_train_demo',
                                                                                   'attn_cifar/studies/demo.py'),
+                                         'attn_cifar.studies.demo._without_advice': ( 'studies/demo.html#_without_advice',
+                                                                                      'attn_cifar/studies/demo.py'),
                                          'attn_cifar.studies.demo.demo': ('studies/demo.html#demo', 'attn_cifar/studies/demo.py')},
             'attn_cifar.studies.explanations': { 'attn_cifar.studies.explanations._random_maps': ( 'studies/explanations.html#_random_maps',
                                                                                                    'attn_cifar/studies/explanations.py'),
