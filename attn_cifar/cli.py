@@ -101,7 +101,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print one JSON value and nothing else"},
     "--top": {"metavar": "N", "type": _whole(1, 10**9), "default": 3, "help": "classes to show (default: 3)"},
     "--layers": {"choices": ("last", "all"), "default": "last", "help": "of each method (default: last)"},
-    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside the first)"},
+    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside "
+                                                                       "the first run)"},
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "on this machine alone (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the picture (default: explanation.png); further files, "
                                                                       "FILE-2.png and so on, for more than five images"},

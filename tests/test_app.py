@@ -104,7 +104,8 @@ def allowed(address: str) -> tuple[str, ...]:
 def complaints(browser) -> list[str]:
     """Return the console's errors, without Gradio's own about that script and about files it does not have."""
     messages = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    return [text for text in messages if not any(part in text for part in ("iframe-resizer", "manifest", "upload_progress", "/assets/"))]
+    own = "iframe-resizer", "manifest", "upload_progress", "/assets/"
+    return [text for text in messages if not any(part in text for part in own)]
 
 
 def wait_for_field(browser) -> None:

@@ -159,7 +159,8 @@ def test_outputs_never_overwrite_inputs(photos, capsys):
     commands = [("explain", "attn_tiny", *images[:5], "why-2.png", "-o", "why.png"),
                 ("explain", "attn_tiny", *images, "-o", "hard.png"), ("explain", "attn_tiny", *images, "-o", "soft.png"),
                 ("explain", "run", images[0], "-o", "run/figures/history.png"),
-                ("explain", "attn_tiny", images[0], "-o", images[1] + "/why.png"), ("explain", "attn_tiny", images[0], "-o", "run"),
+                ("explain", "attn_tiny", images[0], "-o", images[1] + "/why.png"),
+                ("explain", "attn_tiny", images[0], "-o", "run"),
                 ("find-lr", "--data", str(photos), "--out", str(photos / "train" / "cat" / "curve.png")),
                 ("train", "--data", str(photos), "--out", str(photos / "train" / "cat" / "run")),
                 ("train", "--data", "run/figures", "--out", "run", "--resume"), ("report", "run", "-o", "page.html"),
@@ -194,7 +195,7 @@ def test_json_has_no_nan():
     assert json.loads(text, parse_constant=refuse) == {"a": [1.0, None, {"b": [None, "NaN"]}], "c": True, "d": None}
 
 
-@pytest.mark.parametrize("command", ["--help | true", "models | head -1", "models --json | true", "models >&-", 
+@pytest.mark.parametrize("command", ["--help | true", "models | head -1", "models --json | true", "models >&-",
                                      "models >/dev/full", "models 2>&-"])
 def test_an_output_that_is_closed(command):
     done = subprocess.run(["bash", "-c", f"{sys.executable} -m attn_cifar {command}"], capture_output=True, text=True)

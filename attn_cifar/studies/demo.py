@@ -6,6 +6,9 @@
 __all__ = ['DEMO_NETWORKS', 'DEMO_EPOCHS', 'demo']
 
 # %% ../../nbs/studies/demo.ipynb #567ea0ca
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,18 @@ def _train_demo(name: str, images: ImageData, source: str, folder: Path) -> Run:
     return fit(model, images, epochs=DEMO_EPOCHS, batch_size=64, max_lr=0.01, out=folder / name, resume=True,
                notes={"command": "attn-cifar study demo", "source": source})
 
+# %% ../../nbs/studies/demo.ipynb #5403e12e
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    "Suppress the advice about a loss that does not fall: here that is the point."
+    log = logging.getLogger("attn_cifar")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
 # %% ../../nbs/studies/demo.ipynb #123a34e3
 def demo(
     data: str = "shapes",  # as in `load_data`
@@ -41,7 +56,8 @@ def demo(
 ) -> None:
     "Train two networks of the same size on the built-in images, report on each and compare them: `make run`."
     images, pages = load_data(data), {}
-    runs = [_train_demo(name, images, data, Path(out)) for name in DEMO_NETWORKS]
+    with _without_advice():
+        runs = [_train_demo(name, images, data, Path(out)) for name in DEMO_NETWORKS]
     print("\nwriting the reports", flush=True)
     for run in runs:
         pages[f"report of {run.config['model']}"] = report.make_report(run, images)
