@@ -6,14 +6,14 @@
 __all__ = ['PATCHES', 'probe_images', 'Layout', 'locate', 'Probe', 'probe']
 
 # %% ../../nbs/explain/positions.ipynb #652a4774
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .watch import MAX_PREFIX, Watched, watch
+from .watch import MAX_PREFIX, Attention, Watched, watch
 
 # %% ../../nbs/explain/positions.ipynb #60db3086
 PATCHES = (5, 3, 6, 0, 7, 1, 4, 2)  # the patch in each row of an 8×8 grid: its column
@@ -81,7 +81,7 @@ def _covered(size: Sequence[int]) -> Tensor:
     return F.interpolate(fine[None], [8 * n for n in size])[0].unflatten(2, (size[1], 8)).unflatten(1, (size[0], 8)).mean((2, 4))
 
 
-def _agrees(changes: Tensor) -> tuple[bool, float]:
+def _agrees(changes: Tensor, needed: float = 0.75) -> tuple[bool, float]:
     "Report whether each patch changes its own place, `changes` (8, rows, columns), and the share of the change that lies there."
     rows, columns = ((torch.tensor(places) + 0.5) / 8 for places in (range(8), PATCHES))
     changes = changes / changes.mean((1, 2), keepdim=True).clamp(min=torch.finfo(changes.dtype).tiny)
@@ -89,11 +89,13 @@ def _agrees(changes: Tensor) -> tuple[bool, float]:
     cells = F.adaptive_avg_pool2d(changes[None], size)[0]
     share = float((cells * _covered(size)).sum() / 8)
     if min(size) >= 4:
+        if min(size) >= 6:
+            cells = F.avg_pool2d(cells, 3, 1, 1, count_include_pad=False)
         at = cells[:, (rows * size[0]).long(), (columns * size[1]).long()]  # (patch that changes, place)
         largest, winner = at.max(0)
         changed = largest > 0.05 * largest.max()
         apart = torch.maximum((rows[winner] - rows).abs() * size[0], (columns[winner] - columns).abs() * size[1])
-        return int(changed.sum()) >= 3 and int((changed & (apart <= 1)).sum()) >= 0.75 * int(changed.sum()), share
+        return int(changed.sum()) >= 3 and int((changed & (apart <= 1)).sum()) >= needed * int(changed.sum()), share
     centers = [(torch.arange(n) + 0.5) / n for n in size]
     near = -torch.hypot(rows[:, None, None] - centers[0][:, None], columns[:, None, None] - centers[1])
     a, b = (x - x.mean(0) - x.mean((1, 2), keepdim=True) + x.mean() for x in (cells.clamp(min=1e-3).log(), near))
@@ -105,6 +107,7 @@ def locate(
     maps: Sequence[tuple[int, int]] = (),  # rows and columns of feature maps, which tokens may have, too
     aspect: float = 1.0,  # height of the image / its width
     token_axis: int | None = None,  # the axis of the tokens, if known
+    needed: float = 0.75,  # share of the places that must be right
 ) -> Layout | None:
     "Return the layout in which each patch of the image changes its own place; None if there is none."
     best, largest = None, 0.0
@@ -114,7 +117,7 @@ def locate(
         if unusual and min(rows, columns) < 4:
             continue  # the test would be too weak
         arranged = layout.arrange(output.detach()).float()
-        agrees, share = _agrees((arranged[1:] - arranged[:1]).abs().mean(1).nan_to_num(0, 0, 0).cpu())
+        agrees, share = _agrees((arranged[1:] - arranged[:1]).abs().mean(1).nan_to_num(0, 0, 0).cpu(), needed)
         if agrees and layout.first is None:
             return layout
         if agrees and share > 1.01 * largest:
@@ -136,6 +139,16 @@ class Probe:
     def is_late(self, name: str) -> bool:
         "Report whether a layer comes after at least half of the parameters that act on positions."
         return 2 * self.before[name] >= max(self.before.values())
+
+# %% ../../nbs/explain/positions.ipynb #75747880
+def _locate_attention(attention: Attention, found: Probe, maps: Sequence[tuple[int, int]], aspect: float) -> Layout | None:
+    "Return the layout of the values of an attention; None if their order is unknown."
+    values = attention.weights if attention.values is None else attention.values
+    layout, read = locate(values, maps, aspect, values.dim() - 2), found.layouts.get(attention.reads or "")
+    if layout is not None or read is None or found.shapes[attention.reads or ""][1] != values.shape[-2]:
+        return layout
+    layout = locate(values, maps, aspect, values.dim() - 2, needed=0.5)
+    return layout if layout is not None and (layout.grid, layout.first) == (read.grid, read.first) else None
 
 # %% ../../nbs/explain/positions.ipynb #612585fa
 class _Counter:
@@ -177,8 +190,7 @@ def probe(
     found.squashed = watched.squashed
     found.reads = list(dict.fromkeys(attention.reads for attention in watched.attention if attention.reads))
     for attention in watched.attention:
-        values = attention.weights if attention.values is None else attention.values
-        layout = locate(values, [*watched.maps.values()], aspect, values.dim() - 2)
+        layout = _locate_attention(attention, found, [*watched.maps.values()], aspect)
         if layout is not None:
             found.attention[attention.layer] = layout
     return found
