@@ -8,13 +8,15 @@ __all__ = ['MAX_PREFIX', 'undisturbed', 'explicit_attention', 'Attention', 'Watc
 # %% ../../nbs/explain/watch.ipynb #12e88bed
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..models.blocks import record_attention
 from ..models.inspection import evaluation_mode
@@ -41,9 +43,9 @@ def undisturbed(
         yield
 
 # %% ../../nbs/explain/watch.ipynb #13ad349b
-def _attend(keep: Callable[[Tensor], None], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+def _attend(keep: Callable[[Tensor, Tensor], None], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
             dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-    "Compute `scaled_dot_product_attention` step by step and pass its weights to `keep`."
+    "Compute `scaled_dot_product_attention` step by step and pass its weights and values to `keep`."
     if enable_gqa:  # several query heads share a key and a value
         key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -52,15 +54,13 @@ def _attend(keep: Callable[[Tensor], None], query: Tensor, key: Tensor, value: T
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     weights = scores.softmax(-1)
-    keep(weights)
+    keep(weights, value)
     return F.dropout(weights, dropout_p) @ value
 
 # %% ../../nbs/explain/watch.ipynb #33939e5c
 @contextlib.contextmanager
-def explicit_attention(
-    keep: Callable[[Tensor], None],  # receives the weights of every call, (..., T, S)
-) -> Iterator[None]:
-    "Compute PyTorch's fused attention step by step in this thread, and pass its weights to `keep`."
+def _replaced_attention(keep: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    "Compute PyTorch's fused attention step by step in this thread, and pass its weights and values to `keep`."
     with _changing:
         fused, thread = F.scaled_dot_product_attention, threading.get_ident()
 
@@ -75,6 +75,123 @@ def explicit_attention(
         finally:
             F.scaled_dot_product_attention = fused
 
+
+@contextlib.contextmanager
+def explicit_attention(
+    keep: Callable[[Tensor], None],  # receives the weights of every call, (..., T, S)
+) -> Iterator[None]:
+    "Compute PyTorch's fused attention step by step in this thread, and pass its weights to `keep`."
+    with _replaced_attention(lambda weights, value: keep(weights)):
+        yield
+
+# %% ../../nbs/explain/watch.ipynb #c7838566
+_KEEPING = {"dropout", "to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape", "view",
+            "flatten", "unflatten"}  # functions whose result is still the weights
+_PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
+_TRANSPOSED = (Tensor.mT.__get__, Tensor.mH.__get__)
+
+
+def _swaps_last_axes(func: Callable, arguments: Sequence[Any], ndim: int) -> bool:
+    "Report whether a function called with `arguments` swaps the last two axes of a tensor."
+    if func in _TRANSPOSED:
+        return True
+    axes = [axis for part in arguments for axis in (part if isinstance(part, (tuple, list)) else [part])]
+    if not all(isinstance(axis, int) for axis in axes):
+        return False
+    name, order = getattr(func, "__name__", ""), [axis % ndim for axis in axes]
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return sorted(order) == [ndim - 2, ndim - 1]
+    return name == "permute" and order == [*range(ndim - 2), ndim - 1, ndim - 2]
+
+# %% ../../nbs/explain/watch.ipynb #59042542
+def _factors(arguments: Sequence[Any], is_weights: Callable[[Any], bool]) -> tuple[Tensor, Tensor, int, int] | None:
+    "Return weights, values, the weights' axis that is summed over and the values' axis; None for other products."
+    letters: list[str] | None = None
+    if isinstance(arguments[0], str):
+        letters, arguments = arguments[0].replace(" ", "").split("->")[0].split(","), arguments[1:]
+        arguments = arguments[0] if arguments and isinstance(arguments[0], (tuple, list)) else arguments
+    if len(arguments) < 2 or not all(isinstance(part, Tensor) for part in arguments[:2]):
+        return None
+    place = next((place for place in (0, 1) if is_weights(arguments[place])), None)
+    if place is None:
+        return None
+    weights, values = arguments[place], arguments[1 - place]
+    if letters is None:
+        return weights, values, -1 - place, -2 + place
+    if len(arguments) != 2 or len(letters[0]) != arguments[0].dim() or len(letters[1]) != arguments[1].dim():
+        return None  # an ellipsis, or three factors
+    for axis in (-1, -2):
+        if letters[place][axis] in letters[1 - place] and letters[place][-3 - axis] not in letters[1 - place]:
+            return weights, values, axis, letters[1 - place].index(letters[place][axis])
+    return None
+
+# %% ../../nbs/explain/watch.ipynb #57eb5f27
+class _WeightedSums(TorchFunctionMode):
+    "Notice attention outside the fused function: a softmax over tokens (…, T, T), then a product with values."
+
+    def __init__(self, keep: Callable[[Tensor, Tensor], None], batch: Callable[[], int], squash: Callable[[Tensor], None]):
+        super().__init__()
+        self.keep, self.batch, self.squash = keep, batch, squash  # the last one gets the result of each softmax and sigmoid
+        self.fused: Tensor | None = None  # the weights of the fused function's last call
+        self.weights: dict[int, tuple[Tensor, Tensor, bool]] = {}  # by id: the tensor, its weights, transposed or not
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward and kwargs.get("need_weights", True):
+            return self._multi_head(func, args, kwargs)
+        result, name = func(*args, **kwargs), getattr(func, "__name__", "")
+        if not isinstance(result, Tensor):
+            return result
+        if name == "softmax":
+            result = self._note_softmax(result, kwargs.get("dim", args[1] if len(args) > 1 else None))
+        if name in ("softmax", "sigmoid"):
+            self.squash(result)
+        elif name in _PRODUCTS:
+            self._note_product([*args, *kwargs.values()])
+        elif args and id(args[0]) in self.weights:
+            self._follow(func, args, kwargs, result)
+        return result
+
+    def _multi_head(self, func: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor | None]:
+        "Call the function behind `nn.MultiheadAttention` so that it uses the fused function, and return its weights, too."
+        self.fused = None
+        output, _ = func(*args, **kwargs | {"need_weights": False})
+        weights = self.fused
+        if weights is not None and kwargs.get("average_attn_weights", True):
+            weights = weights.mean(1)
+        return output, weights if weights is None or output.dim() == 3 else weights.squeeze(0)
+
+    def _note_softmax(self, result: Tensor, dim: int | None) -> Tensor:
+        "Remember weights (B, T, T), (B, heads, T, T) or (B * heads, T, T); return what the network continues with."
+        batch = self.batch()
+        if not batch or result.dim() not in (3, 4) or dim not in (-1, result.dim() - 1) or result.shape[-1] != result.shape[-2]:
+            return result
+        weights = result
+        if result.dim() == 3 and len(result) > batch and len(result) % batch == 0:
+            weights = result.unflatten(0, (batch, -1))
+            result = weights.flatten(0, 1)
+        if len(weights) == batch:
+            self.weights[id(result)] = result, weights, False
+        return result
+
+    def _follow(self, func: Callable, args: tuple, kwargs: dict, result: Tensor) -> None:
+        "Remember a tensor that is computed from weights and still contains them."
+        _, weights, transposed = self.weights[id(args[0])]
+        swaps = _swaps_last_axes(func, [*args[1:], *kwargs.values()], args[0].dim())
+        if swaps or getattr(func, "__name__", "") in _KEEPING and result.shape[-2:] == args[0].shape[-2:]:
+            self.weights[id(result)] = result, weights, transposed != swaps
+
+    def _note_product(self, arguments: Sequence[Any]) -> None:
+        "Pass weights and values to `keep` if a product sums values over the keys."
+        factors = _factors(arguments, lambda part: id(part) in self.weights)
+        if factors is None:
+            return
+        _, weights, transposed = self.weights[id(factors[0])]
+        values, tokens = factors[1].movedim(factors[3], -2), weights.shape[-1]
+        if (factors[2] == -2) != transposed or values.dim() < 3 or values.shape[-2] != tokens or len(values) % len(weights):
+            return
+        self.keep(weights, values if len(values) == len(weights) else values.unflatten(0, (len(weights), -1)))
+
 # %% ../../nbs/explain/watch.ipynb #ab9b2046
 MAX_PREFIX = 8  # largest number of tokens before those of the grid, such as a class token
 
@@ -87,14 +204,16 @@ class Attention:
     grid: tuple[int, int]  # rows and columns of positions
     prefix: int  # tokens before those of the grid: T = prefix + rows * columns
     reads: str | None  # name of the layer whose output is its input; None if unknown
+    values: Tensor | None = None  # (B, T, d) or (B, heads, T, d), which the weights average; None if not traced
 
 # %% ../../nbs/explain/watch.ipynb #f76bcff9
 @dataclass(eq=False)
 class Watched:
     "The record of a forward pass."
-    outputs: dict[str, object] = field(default_factory=dict)  # of the layers in `keep`, in the order in which they ran
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of the layers in `keep`, in the order in which they ran
     attention: list[Attention] = field(default_factory=list)
     maps: dict[str, tuple[int, int]] = field(default_factory=dict)  # output rows and columns of modules with convolutions
+    squashed: Tensor | None = None  # output of the last softmax or sigmoid
     closed: bool = False  # True: record no more; a backward pass with checkpointing repeats parts of the network
 
     def find_grid(
@@ -112,90 +231,146 @@ class Watched:
                 return (rows, (tokens - prefix) // rows), prefix
         return None
 
+# %% ../../nbs/explain/watch.ipynb #9ca38e46
+def _first_tensor(output: object) -> Tensor | None:
+    "Return a module's output, or the first tensor in its tuple, list or dictionary; None without one."
+    if isinstance(output, Tensor):
+        return output
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return next((part for part in parts if isinstance(part, Tensor)), None)
+
+
+def _with_copy(output: object, tensor: Tensor) -> object:
+    "Return a module's output with a copy of one of its tensors; None, which keeps the output, for unknown containers."
+    if isinstance(output, Tensor):
+        return output.clone()
+    if type(output) not in (tuple, list):
+        return None
+    return type(output)(part.clone() if part is tensor else part for part in output)  # type: ignore[attr-defined]
+
 # %% ../../nbs/explain/watch.ipynb #e5b4bb6b
 class _Hooks:
     "The forward hooks of one thread, and the record they fill."
 
-    def __init__(self, model: nn.Module, keep: Sequence[str], trace: bool):
-        self.watched, self.keep, self.trace = Watched(), keep, trace
+    def __init__(self, model: nn.Module, keep: Sequence[str], trace: bool, visit: Callable[[str, Tensor, Watched], None] | None):
+        self.watched, self.keep, self.trace, self.visit = Watched(), keep, trace, visit
         self.thread = threading.get_ident()
         self.names = {module: name for name, module in model.named_modules()}
         self.convolving = {module for module in self.names if any(isinstance(part, nn.Conv2d) for part in module.modules())}
         self.recorded: dict[str, list[Tensor]] = {}  # weights by module name, from `record_attention`
-        self.images: list[Tensor] = []  # the network's input, if it has any
-        self.running: list[str] = []  # names of the modules entered and not yet left
-        self.produced: dict[int, tuple[str, Tensor]] = {}  # layer and output by id; holding the tensor keeps its id unique
+        self.images: Tensor | None = None  # the network's input
+        self.running: list[tuple[str, bool]] = []  # modules entered and not yet left; does their input have positions?
+        self.produced: dict[int, tuple[str, weakref.ref]] = {}  # layer and output by id, which may be used again
         self.inputs: dict[str, str] = {}  # the layer whose output each module reads
+        self.tokens: dict[str, int] = {}  # of the outputs of layers that may be an attention's input
 
     def enter(self, module: nn.Module, inputs: tuple) -> None:
         "Note that a module starts, and which layer's output it reads."
         if self._is_foreign(module):
             return
-        if not self.running and inputs:
-            self.images = list(inputs[:1])
-        name = self.names[module]
-        self.running.append(name)
+        first, name = _first_tensor(inputs), self.names[module]
+        if not self.running:
+            self.images = first
+        self.running.append((name, first is None or first.dim() > 2))
         self.inputs.pop(name, None)
-        if inputs and id(inputs[0]) in self.produced:
-            self.inputs[name] = self.produced[id(inputs[0])][0]
+        layer, output = self.produced.get(id(first), ("", None))
+        if output is not None and output() is first:
+            self.inputs[name] = layer
 
-    def leave(self, module: nn.Module, inputs: tuple, output: object) -> Tensor | None:
+    def leave(self, module: nn.Module, inputs: tuple, output: object) -> object:
         "Record a module's attention and output; return a copy of a recorded output, which continues through the network."
         if self._is_foreign(module):
             return None
-        name = self.running[-1]
+        name = self.running[-1][0]
         if self.recorded.get(name):
-            weights = self.recorded[name].pop()
-            if not inputs or inputs[0].dim() > 2:  # otherwise it attends over channels
-                self._add_attention(weights, name)
+            self.add_attention(self.recorded[name].pop(), None)
         self.running.pop()
-        if isinstance(output, Tensor):
-            self._note_shape(module, name, output)
+        tensor = _first_tensor(output)
+        if tensor is None:
+            return None
+        self._note_shape(module, name, tensor)
         if name not in self.keep:
             return None
         if not self.watched.closed:
             self.watched.outputs.pop(name, None)  # a second call moves to the end
-            self.watched.outputs[name] = output
-        return output.clone() if isinstance(output, Tensor) else None
+            self.watched.outputs[name] = tensor
+        return _with_copy(output, tensor)
 
-    def fused_attention(self, weights: Tensor) -> None:
-        "Record weights of PyTorch's fused function, under the innermost running module."
-        self._add_attention(weights, self.running[-1] if self.running else "")
+    def add_attention(self, weights: Tensor, values: Tensor | None) -> None:
+        "Record attention over positions under the innermost running module; several ways may lead here for the same weights."
+        layer, positions = self.running[-1] if self.running else ("", True)
+        known = any(attention.weights is weights for attention in self.watched.attention)
+        if self.watched.closed or known or not positions or weights.dim() not in (3, 4) or self.images is None:
+            return
+        tokens = weights.shape[-1]
+        grid = self.watched.find_grid(tokens, self.images.shape[-2] / self.images.shape[-1])
+        if weights.shape[-2] != tokens or len(weights) != len(self.images) or grid is None or tokens < 2:
+            return  # cross-attention, attention in windows, or no grid
+        calls = sum(attention.layer.split(" call ")[0] == layer for attention in self.watched.attention)
+        name = f"{layer} call {calls + 1}" if calls else layer
+        self.watched.attention.append(
+            Attention(name, weights, *grid, self._find_input(layer, tokens), values if self.trace else None))
+
+    def count_images(self) -> int:
+        return 0 if self.images is None else len(self.images)
+
+    def note_squash(self, output: Tensor) -> None:
+        self.watched.squashed = output
 
     def _is_foreign(self, module: nn.Module) -> bool:
         return threading.get_ident() != self.thread or module not in self.names  # a replica made by DataParallel
+
+    def _find_input(self, layer: str, tokens: int) -> str | None:
+        "Return the layer whose output a running attention reads: its input, or else that of a norm inside it or its input."
+        if layer in self.inputs:
+            return self.inputs[layer]
+        inside = (name for name, count in self.tokens.items() if count == tokens and name.startswith(f"{layer}."))
+        around = (self.inputs[name] for name, _ in reversed(self.running) if name in self.inputs)
+        return next(inside, None) or next(around, None)
 
     def _note_shape(self, module: nn.Module, name: str, output: Tensor) -> None:
         if module in self.convolving and output.dim() == 4 and output.shape[2] * output.shape[3] > 1:
             self.watched.maps.pop(name, None)
             self.watched.maps[name] = output.shape[2], output.shape[3]
         if self.trace and output.dim() == 3:
-            self.produced[id(output)] = name, output
-
-    def _add_attention(self, weights: Tensor, layer: str) -> None:
-        if self.watched.closed or weights.dim() not in (3, 4) or not self.images:
-            return
-        images, tokens = self.images[0], weights.shape[-1]
-        grid = self.watched.find_grid(tokens, images.shape[-2] / images.shape[-1])
-        if weights.shape[-2] != tokens or len(weights) != len(images) or grid is None or tokens < 2:
-            return  # cross-attention, attention in windows, or no grid
-        calls = sum(attention.layer.split(" call ")[0] == layer for attention in self.watched.attention)
-        reads = next((self.inputs[name] for name in reversed(self.running) if name in self.inputs), None)
-        self.watched.attention.append(Attention(f"{layer} call {calls + 1}" if calls else layer, weights, *grid, reads))
+            self.produced[id(output)] = name, weakref.ref(output)
+            if not isinstance(module, nn.Linear) and len(output) == self.count_images():
+                self.tokens[name] = output.shape[1]
+        if self.visit is not None:
+            self.visit(name, output, self.watched)
 
 # %% ../../nbs/explain/watch.ipynb #48fc1082
+@contextlib.contextmanager
+def _slow_path() -> Iterator[None]:
+    "Turn off the fast path of `nn.MultiheadAttention` and `nn.TransformerEncoder`, which shows no attention weights."
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 @contextlib.contextmanager
 def watch(
     model: nn.Module,
     keep: Sequence[str] = (),  # names of layers whose outputs to record
-    trace: bool = False,  # also find the layer that each attention reads; keeps every token sequence in memory
+    trace: bool = False,  # also find the layer that each attention reads, and keep the values that its weights average
+    visit: Callable[[str, Tensor, Watched], None] | None = None,  # called with the name and output of each module, and the record
 ) -> Iterator[Watched]:
     "Record a forward pass of `model` while open; remove all hooks afterwards, also after an error."
-    hooks = _Hooks(model, keep, trace)
+    hooks = _Hooks(model, keep, trace, visit)
+    mode = _WeightedSums(hooks.add_attention, hooks.count_images, hooks.note_squash)
+
+    def keep_fused(weights: Tensor, values: Tensor) -> None:
+        mode.fused = weights
+        hooks.add_attention(weights, values)
+
     with _changing, contextlib.ExitStack() as opened:
         for module in hooks.names:
             for handle in (module.register_forward_pre_hook(hooks.enter), module.register_forward_hook(hooks.leave)):
                 opened.callback(handle.remove)
         hooks.recorded = opened.enter_context(record_attention(model))
-        opened.enter_context(explicit_attention(hooks.fused_attention))
+        for context in (_replaced_attention(keep_fused), _slow_path(), mode):
+            opened.enter_context(context)
         yield hooks.watched
