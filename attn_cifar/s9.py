@@ -8,6 +8,7 @@ __all__ = ['counters', 'basic_attn_model', 'ctr', 'stats_collector', 'Alb_trans'
            'LRRangeFinder', 's9_run_main', 'Ultimus']
 
 # %% ../nbs/10_s9.ipynb #3b5aeb84
+import atexit
 import copy
 import math
 import os
@@ -247,10 +248,12 @@ class test_losses:
 def create_tensorboard_writer(
     *path: str | os.PathLike,  # folder for the events; none: a new one under runs/
 ) -> "SummaryWriter":
-    "Return the TensorBoard writer for training, testing and plots."
+    "Return the TensorBoard writer for training, testing and plots; it is closed, and its events written, when Python exits."
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir=os.fspath(path[0])) if path else SummaryWriter()
+    writer = SummaryWriter(log_dir=os.fspath(path[0])) if path else SummaryWriter()
+    atexit.register(writer.close)
+    return writer
 
 # %% ../nbs/10_s9.ipynb #3d277904
 def _image_file(img_save_path: str | os.PathLike, name: str) -> Path:

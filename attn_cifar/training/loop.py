@@ -263,7 +263,8 @@ class TrainingRun:
     def train_epoch(self, epoch: int, stop: StopRequest) -> None:
         "Train the rest of an epoch, measure and save it. Raises `KeyboardInterrupt` if a signal asked to stop."
         for _ in self.trainer.epoch(self.verbose):
-            due = self.first and self.checkpoints.due()  # as a wish, 1: less than any signal's number
+            # 1 asks for a checkpoint, a larger number is the signal that asks to stop; the largest wins
+            due = self.first and self.checkpoints.due()
             if wish := self.processes.agree(stop.received or int(due)):
                 self.save()
                 stop.answer(wish if wish > 1 else None)

@@ -38,7 +38,7 @@ class Recipe:
     batch_size: int = 128  # number of images in a step
     optimizer: str = "adamw"  # "muon", "adamw", "adam" or "sgd" (Nesterov momentum 0.9)
     max_lr: float = 0.003  # learning rate at the peak of the schedule
-    weight_decay: float = 0.01  # decoupled with AdamW and Muon, an L2 term with the others
+    weight_decay: float = 0.01  # shrinks all weights (AdamW, Muon), or adds their squares to the loss (the others)
     l1_factor: float = 0.0  # times the sum over parameter tensors of mean |w|, added to the loss
     label_smoothing: float = 0.0  # share of the target spread over all classes
     pct_start: float = 0.3  # share of the steps spent rising to max_lr

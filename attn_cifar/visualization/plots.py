@@ -20,7 +20,7 @@ from ..data.augmentation import NO_AUGMENTATION, Augmentation
 from ..data.batches import Batches
 from ..data.images import ImageData, unnormalize
 from ..explain.maps import METHOD_NAMES, Explanation
-from ..training.evaluation import Evaluation, calibration_table, confused_table
+from ..training.evaluation import Evaluation, calibration_table, confused_table, wilson_interval
 from .style import COLORS, WIDTH, new_axes, new_figure, short_name, styled, whole_percent
 
 if TYPE_CHECKING:
