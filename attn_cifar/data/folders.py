@@ -259,7 +259,8 @@ def _list_folder(root: Path) -> _Listing:
         listing.test = _test_files(_unwrapped(test.path, test.name), listing.train, listing)
         trained = parts["train"].name if "train" in parts else "the class folders"
         unused = f"; {parts['val'].name} is not used" if len(parts) == 3 else ""
-        listing.notes.insert(0, f"training images from {trained}, test images from {test.name}{unused}")
+        if (trained, test.name, unused) != ("train", "test", ""):  # else there is nothing to tell
+            listing.notes.insert(0, f"training images from {trained}, test images from {test.name}{unused}")
     return listing
 
 # %% ../../nbs/data/folders.ipynb #ef3eacc0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_ROWS', 'SPLITS', 'MAX_CELL_TEXT', 'MAX_NAMED', 'MOST_BARS', 'HEAT', 'plot_images', 'plot_lr_find',
-           'plot_schedule', 'plot_history', 'plot_confusion', 'wilson_interval', 'plot_classes', 'plot_confused',
-           'plot_misclassified', 'plot_calibration', 'overlay', 'plot_explanations']
+           'plot_schedule', 'plot_history', 'plot_confusion', 'plot_classes', 'plot_confused', 'plot_misclassified',
+           'plot_calibration', 'overlay', 'plot_explanations']
 
 # %% ../../nbs/08_visualization.ipynb #b919adb7
 import textwrap
@@ -313,17 +313,6 @@ def plot_confusion(
     ax.set(xlabel=f"predicted class{number}", ylabel=f"true class{number}")
     ax.set_title(f"Confusion [% of the true class]: {accuracy:.1f} % correct")
     return ax
-
-# %% ../../nbs/08_visualization.ipynb #43841f6d
-def wilson_interval(
-    share: np.ndarray,  # 0..1
-    images: np.ndarray,  # that each share was measured on, 1 or more
-) -> tuple[np.ndarray, np.ndarray]:  # lower and upper end
-    "Return Wilson's 95 % interval of a share, which stays within 0..1."
-    z2 = 1.96**2
-    middle, width = share + z2 / (2 * images), 1.96 * np.sqrt(share * (1 - share) / images + z2 / (4 * images**2))
-    low, high = (middle - width) / (1 + z2 / images), (middle + width) / (1 + z2 / images)
-    return np.clip(low, 0, share), np.clip(high, share, 1)  # rounding must not move an end past the share
 
 # %% ../../nbs/08_visualization.ipynb #8ee63a6e
 MOST_BARS = 40  # classes drawn, the hardest ones
