@@ -819,6 +819,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                                'attn_cifar/report/figures.py'),
                                            'attn_cifar.report.figures.RunResults.images': ( 'report/figures.html#runresults.images',
                                                                                             'attn_cifar/report/figures.py'),
+                                           'attn_cifar.report.figures.RunResults.large': ( 'report/figures.html#runresults.large',
+                                                                                           'attn_cifar/report/figures.py'),
                                            'attn_cifar.report.figures.RunResults.maps': ( 'report/figures.html#runresults.maps',
                                                                                           'attn_cifar/report/figures.py'),
                                            'attn_cifar.report.figures.RunResults.predictions': ( 'report/figures.html#runresults.predictions',

@@ -40,7 +40,7 @@ CHART_STYLE = """
 """ + "".join(f".chart .line-{i} {{ stroke: var(--c{i}); }} .chart .mark-{i} {{ fill: var(--c{i}); }}\n" for i in range(COLORED))
 
 # %% ../../nbs/report/chart.ipynb #24398694
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 200, 40, 8, 28, 40  # units of the drawing
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 360, 200, 48, 8, 28, 40  # units of the drawing
 MAX_DRAWN = 1e30  # larger values, like NaN, are gaps
 MAX_STRIPS = 200  # epochs that react to the pointer, evenly spaced
 

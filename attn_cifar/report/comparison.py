@@ -89,7 +89,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     "Flatten nested settings to texts by dotted names."
     flat: dict[str, str] = {}
     for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": str(value)}
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
+            f"{prefix}{name}": f"{value:.6g}" if isinstance(value, float) else str(value)}
     return flat
 
 # %% ../../nbs/report/comparison.ipynb #1668c99e
