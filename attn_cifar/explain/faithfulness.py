@@ -11,8 +11,9 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,7 +163,8 @@ def _score_all(model: nn.Module, images: Tensor, explanation: Explanation, steps
         large = F.interpolate(maps[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
         large = large.nan_to_num().to(images.device)
         parts = zip(images.split(PORTION), large.split(PORTION), targets.split(PORTION), strict=True)
-        scores.append(torch.cat([torch.stack(score_maps(model, *part, steps, explanation.multi_label)) for part in parts], 1).cpu())
+        pairs = [torch.stack(score_maps(model, *part, steps, explanation.multi_label)) for part in parts]
+        scores.append(torch.cat(pairs, 1).cpu())
     return torch.stack(scores, 1)
 
 # %% ../../nbs/explain/faithfulness.ipynb #11510322
@@ -280,9 +282,10 @@ def read_faithfulness(
     if not path.is_file():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        known = [{name: math.nan if value is None else value for name, value in row.items() if name != "verdict"} for row in rows]
-        return [Faithfulness(**row) for row in known]
+        rows: list[dict[str, Any]] = [
+            {name: math.nan if value is None else value for name, value in row.items() if name != "verdict"}
+            for row in json.loads(path.read_text(encoding="utf-8"))]
+        return [Faithfulness(**row) for row in rows]
     except (AttributeError, OSError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged or was not written by this package ({error})") from error
 

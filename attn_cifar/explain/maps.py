@@ -93,7 +93,8 @@ def _find_layers(model: nn.Module, found: Probe) -> list[str]:
     "Choose layers for Grad-CAM whose positions are known, the last one near the classifier; none if there is none."
     names = {"convolutions": convolution_layers(model), "inputs": found.reads, "blocks": _blocks(model)}
     choices = {kind: [name for name in found.layouts if name in set(chosen)] for kind, chosen in names.items()}
-    inside = [part for name in choices["convolutions"] for part in model.get_submodule(name).modules() if isinstance(part, nn.Conv2d)]
+    parts = [part for name in choices["convolutions"] for part in model.get_submodule(name).modules()]
+    inside = [part for part in parts if isinstance(part, nn.Conv2d)]
     patches = len(inside) == 1 and inside[0].kernel_size == inside[0].stride != (1, 1)  # the only convolution cuts the image up
     several = choices["convolutions"] if len(choices["convolutions"]) > 1 else []
     inputs = sorted(choices["inputs"], key=found.reads.index)
@@ -245,7 +246,7 @@ def _check_model(model: nn.Module) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("TorchScript modules cannot be explained, since they take no hooks: pass the module they were made from")
     if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
-        raise InputError("a model made in torch.inference_mode() cannot be explained, since it has no gradients: make or copy it outside")
+        raise InputError("a model made in torch.inference_mode() cannot be explained, since it has no gradients: make it outside")
 
 # %% ../../nbs/07_explain.ipynb #f3f80f31
 def prepare_images(
@@ -319,8 +320,8 @@ def _check_output(name: str, found: Probe) -> None:
         raise InputError(f"layer {name!r} did not run in a forward pass, or gives no tensor: name another one")
     if name not in found.layouts:
         shape = ("B", *found.shapes[name][1:])
-        raise InputError(f"layer {name!r} gives no map (B, C, h, w) or (B, tokens, C) in which each patch of the image has its place, "
-                         f"but ({', '.join(map(str, shape))}): name another one")
+        raise InputError(f"layer {name!r} gives no map (B, C, h, w) or (B, tokens, C) in which patches of the image have their "
+                         f"places, but ({', '.join(map(str, shape))}): name another one")
 
 # %% ../../nbs/07_explain.ipynb #49385a94
 def _available_layers(method: str, names: Sequence[str], model: nn.Module, found: Probe) -> list[str]:

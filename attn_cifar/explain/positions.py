@@ -68,7 +68,8 @@ def _layouts(tensor: Tensor, batch: int, maps: Sequence[tuple[int, int]], aspect
     if tensor.dim() == 4 and shape[0] == batch and token_axis is None:
         layouts = [Layout((0, 1, 2, 3), (shape[2], shape[3])), Layout((0, 3, 1, 2), (shape[1], shape[2]))]
         layouts.sort(key=lambda layout: round(layout.grid[1] * aspect) != layout.grid[0])
-    orders = {4: {(0, 1, 3, 2): 2}, 3: {(0, 2, 1): 1, (0, 1, 2): 2, (1, 2, 0): 0}}.get(tensor.dim(), {})
+    of_dim: dict[int, dict[tuple[int, ...], int]] = {4: {(0, 1, 3, 2): 2}, 3: {(0, 2, 1): 1, (0, 1, 2): 2, (1, 2, 0): 0}}
+    orders = of_dim.get(tensor.dim(), {})  # order of axes, and the axis of the tokens
     layouts += [Layout(axes, grid, first) for axes, at in orders.items() if shape[axes[0]] == batch and token_axis in (None, at)
                 for grid, first in _token_grids(shape[at], maps, aspect)]
     return [layout for layout in layouts if layout.grid[0] * layout.grid[1] > 1]
@@ -85,7 +86,7 @@ def _agrees(changes: Tensor, needed: float = 0.75) -> tuple[bool, float]:
     "Report whether each patch changes its own place, `changes` (8, rows, columns), and the share of the change that lies there."
     rows, columns = ((torch.tensor(places) + 0.5) / 8 for places in (range(8), PATCHES))
     changes = changes / changes.mean((1, 2), keepdim=True).clamp(min=torch.finfo(changes.dtype).tiny)
-    size = [min(8, n) for n in changes.shape[1:]]
+    size = min(8, changes.shape[1]), min(8, changes.shape[2])
     cells = F.adaptive_avg_pool2d(changes[None], size)[0]
     share = float((cells * _covered(size)).sum() / 8)
     if min(size) >= 4:

@@ -88,7 +88,7 @@ def explicit_attention(
 _KEEPING = {"dropout", "to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "reshape", "view",
             "flatten", "unflatten"}  # functions whose result is still the weights
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum"}
-_TRANSPOSED = (Tensor.mT.__get__, Tensor.mH.__get__)
+_TRANSPOSED = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("mT", "mH"))
 
 
 def _swaps_last_axes(func: Callable, arguments: Sequence[Any], ndim: int) -> bool:
@@ -106,9 +106,9 @@ def _swaps_last_axes(func: Callable, arguments: Sequence[Any], ndim: int) -> boo
 # %% ../../nbs/explain/watch.ipynb #59042542
 def _factors(arguments: Sequence[Any], is_weights: Callable[[Any], bool]) -> tuple[Tensor, Tensor, int, int] | None:
     "Return weights, values, the weights' axis that is summed over and the values' axis; None for other products."
-    letters: list[str] | None = None
+    letters: list[str] = []
     if isinstance(arguments[0], str):
-        letters, arguments = arguments[0].replace(" ", "").split("->")[0].split(","), arguments[1:]
+        letters, arguments = arguments[0].replace(" ", "").split("->")[0].split(","), list(arguments[1:])
         arguments = arguments[0] if arguments and isinstance(arguments[0], (tuple, list)) else arguments
     if len(arguments) < 2 or not all(isinstance(part, Tensor) for part in arguments[:2]):
         return None
@@ -116,7 +116,7 @@ def _factors(arguments: Sequence[Any], is_weights: Callable[[Any], bool]) -> tup
     if place is None:
         return None
     weights, values = arguments[place], arguments[1 - place]
-    if letters is None:
+    if not letters:
         return weights, values, -1 - place, -2 + place
     if len(arguments) != 2 or len(letters[0]) != arguments[0].dim() or len(letters[1]) != arguments[1].dim():
         return None  # an ellipsis, or three factors
@@ -244,9 +244,8 @@ def _with_copy(output: object, tensor: Tensor) -> object:
     "Return a module's output with a copy of one of its tensors; None, which keeps the output, for unknown containers."
     if isinstance(output, Tensor):
         return output.clone()
-    if type(output) not in (tuple, list):
-        return None
-    return type(output)(part.clone() if part is tensor else part for part in output)  # type: ignore[attr-defined]
+    parts = [part.clone() if part is tensor else part for part in output] if isinstance(output, (tuple, list)) else []
+    return {tuple: tuple(parts), list: parts}.get(type(output))
 
 # %% ../../nbs/explain/watch.ipynb #e5b4bb6b
 class _Hooks:
