@@ -1628,8 +1628,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                                  'attn_cifar/visualization/plots.py'),
                                                 'attn_cifar.visualization.plots._hide_frame': ( 'visualization.html#_hide_frame',
                                                                                                 'attn_cifar/visualization/plots.py'),
-                                                'attn_cifar.visualization.plots._interval': ( 'visualization.html#_interval',
-                                                                                              'attn_cifar/visualization/plots.py'),
                                                 'attn_cifar.visualization.plots._limit_losses': ( 'visualization.html#_limit_losses',
                                                                                                   'attn_cifar/visualization/plots.py'),
                                                 'attn_cifar.visualization.plots._mark_suggestion': ( 'visualization.html#_mark_suggestion',

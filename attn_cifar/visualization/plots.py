@@ -20,7 +20,7 @@ from ..data.augmentation import NO_AUGMENTATION, Augmentation
 from ..data.batches import Batches
 from ..data.images import ImageData, unnormalize
 from ..explain.maps import METHOD_NAMES, Explanation
-from ..training.evaluation import Evaluation, calibration_table, confused_table
+from ..training.evaluation import Evaluation, calibration_table, confused_table, wilson_interval
 from .style import COLORS, WIDTH, new_axes, new_figure, short_name, styled
 
 if TYPE_CHECKING:
@@ -289,14 +289,6 @@ def plot_confusion(
     ax.set_title(f"Confusion [% of the true class]: {accuracy:.1f} % correct")
     return ax
 
-# %% ../../nbs/08_visualization.ipynb #43841f6d
-def _interval(share: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Return Wilson's 95 % interval of a share, which stays within 0..1."
-    z2 = 1.96**2
-    middle, width = share + z2 / (2 * images), 1.96 * np.sqrt(share * (1 - share) / images + z2 / (4 * images**2))
-    low, high = (middle - width) / (1 + z2 / images), (middle + width) / (1 + z2 / images)
-    return np.clip(low, 0, share), np.clip(high, share, 1)  # rounding must not move an end past the share
-
 # %% ../../nbs/08_visualization.ipynb #8ee63a6e
 MOST_BARS = 40  # classes drawn, the hardest ones
 
@@ -309,7 +301,7 @@ def plot_classes(
     "Plot the share of each class that is recognized, the hardest first, with its 95 % interval."
     order = evaluation.class_accuracy.argsort(stable=True)[:MOST_BARS].tolist()
     share, images = 100 * evaluation.class_accuracy[order].numpy(), evaluation.confusion.sum(1)[order].clamp(min=1).numpy()
-    low, high = _interval(share / 100, images)
+    low, high = wilson_interval(share / 100, images)
     ax = ax or new_axes(1.2 + 0.24 * len(order))
     place = np.arange(len(order))[::-1]
     ax.barh(place, share, color=COLORS["blue"], height=0.7, xerr=(share - 100 * low, 100 * high - share), ecolor=COLORS["grey"])
@@ -391,7 +383,7 @@ def plot_calibration(
     "Plot the share of right predictions over their probability: a reliability diagram."
     rows = np.array(calibration_table(evaluation))
     low, high, images, confidence, right = rows.T
-    ends = _interval(right, images)
+    ends = wilson_interval(right, images)
     ax = ax or new_axes(4.0)
     ax.bar(low, images / images.sum(), high - low, align="edge", color=COLORS["grey"], alpha=0.25, label="share of the images")
     ax.plot([0, 1], [0, 1], "--", color=COLORS["grey"], linewidth=1.5, label="probability = share right")
