@@ -37,10 +37,10 @@ from .models.inspection import count_parameters, l1_term
 from .models.networks import BasicAttention
 from .training.evaluation import evaluate
 from .training.recipes import RECIPES, Recipe, make_optimizer, make_scheduler
+from .visualization.style import new_figure
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 # %% ../nbs/10_s9.ipynb #c676d21a
@@ -124,6 +124,19 @@ class _NamedDataset(ImageDataset):
     "Images with the names of their classes, as torchvision's data sets have them."
     classes: list[str]
 
+
+_CLASS_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+_latest_names: list[str] = []  # class names of the loader that was made or tested last; empty: CIFAR-10's
+
+
+def _note_names(loader: Iterable) -> None:
+    "Remember the class names of a loader's data set, also inside a `Subset`, for the plots of `counters`."
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None and not hasattr(dataset, "classes"):
+        dataset = getattr(dataset, "dataset", None)
+    if dataset is not None:
+        _latest_names[:] = [str(name) for name in dataset.classes]
+
 # %% ../nbs/10_s9.ipynb #b154b20a
 def S9_CIFAR10_data_prep(
     batch: int,  # images per step
@@ -139,6 +152,7 @@ def S9_CIFAR10_data_prep(
         dataset = _NamedDataset(images, labels, AlbumentationsTransform(augmentation, CIFAR10_MEAN, CIFAR10_STD, seed))
         dataset.classes = list(data.class_names)
         loaders.append(torch.utils.data.DataLoader(dataset, batch, shuffle=True, num_workers=2 * cuda, pin_memory=cuda))
+    _note_names(loaders[0])
     return loaders[0], loaders[1]
 
 # %% ../nbs/10_s9.ipynb #d6e612aa
@@ -227,6 +241,7 @@ class test_losses:
                     kept.append(images)
                 yield images, labels
 
+        _note_names(self.test_loader)
         self.model.eval()
         evaluation = evaluate(self.model, batches())
         if last:
@@ -278,13 +293,6 @@ def _save(figure: Any, path: Path, tb_writer: "SummaryWriter | None" = None, tag
         if hasattr(get_ipython(), "kernel"):
             display.display(display.Image(filename=str(path)))
 
-# %% ../nbs/10_s9.ipynb #c4d3c4f7
-def _new_figure(height: float) -> "Figure":
-    "Make a figure without `pyplot`, height in inches."
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(6, height), layout="compressed")
-
 # %% ../nbs/10_s9.ipynb #3456cc5f
 def _save_curve(values: Sequence[float], path: Path, title: str, xlabel: str, ylabel: str) -> None:
     "Draw one curve and save it."
@@ -294,7 +302,7 @@ def _save_curve(values: Sequence[float], path: Path, title: str, xlabel: str, yl
     from attn_cifar.visualization.style import COLORS, STYLE
 
     with rc_context(STYLE):
-        figure = _new_figure(3.4)
+        figure = new_figure(3.4)
         ax = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
         ax.plot(range(1, len(values) + 1), values, color=COLORS["blue"], marker="o" if len(values) < 50 else None)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -330,9 +338,6 @@ def GRADCAM(
     return layers, probs, ids
 
 # %% ../nbs/10_s9.ipynb #44f21d62
-_CLASS_NAMES = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
-
-
 class cifar10_plots:
     "The image plots of the course; each is written as JPEG and added to TensorBoard."
 
@@ -340,10 +345,16 @@ class cifar10_plots:
         self,
         img_save_path: str | os.PathLike,  # folder, or beginning of the file names
         tb_writer: "SummaryWriter",
-        class_names: Sequence[str] = _CLASS_NAMES,  # in label order
+        class_names: Sequence[str] | None = None,  # in label order; None: those of the latest loader, or CIFAR-10's
     ):
         self.channels_mean, self.channels_stdev = list(CIFAR10_MEAN), list(CIFAR10_STD)
-        self.img_save_path, self.tb_writer, self.class_names = img_save_path, tb_writer, list(class_names)
+        self.img_save_path, self.tb_writer = img_save_path, tb_writer
+        self._class_names = None if class_names is None else list(class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        "Return the names of the classes, in label order."
+        return self._class_names or _latest_names or _CLASS_NAMES
 
     def unnormalize_cifar10(self, img: Tensor) -> Tensor:
         "Return a normalized image (3, H, W) as (H, W, 3) in 0..1; `img` itself is not changed."
@@ -353,6 +364,7 @@ class cifar10_plots:
         "Write `Train_Images.jpg`: five augmented images of each class."
         from attn_cifar.visualization.plots import plot_images
 
+        _note_names(trainloader)
         found: dict[int, list[Tensor]] = {label: [] for label in range(len(self.class_names))}
         for images, labels in trainloader:
             for image, label in zip(images.cpu(), labels.tolist(), strict=True):
@@ -381,7 +393,7 @@ class cifar10_plots:
             print(f"{shown} images are shown: there are no more mistakes")
         rows = -(-max(shown, 1) // 5)
         with rc_context(STYLE):
-            figure = _new_figure(0.4 + 1.55 * rows)
+            figure = new_figure(0.4 + 1.55 * rows)
             panels = figure.subplots(rows, 5, squeeze=False).ravel()
             for index, ax in enumerate(panels):
                 ax.axis("off")
