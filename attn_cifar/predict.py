@@ -75,7 +75,8 @@ def load_classifier(
             confusion = torch.tensor([[int(count) for count in row.values()] for row in read_csv(stored)])
     class_names, mean, std = (tuple(config["data"][key]) for key in ("class_names", "mean", "std"))
     if not isinstance(config["data"]["image_size"], int):
-        raise InputError(f"{name} was trained on images that are not square: call its model in Python, load_run({str(name)!r}).model")
+        raise InputError(
+            f"{name} was trained on images that are not square: call its model in Python, load_run({str(name)!r}).model")
     return Classifier(config["model"], model, class_names, mean, std, config["data"]["image_size"], confusion)
 
 # %% ../nbs/09_your_own_images.ipynb #2bb48f2f

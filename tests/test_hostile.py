@@ -242,7 +242,8 @@ def configuration(data, place: Path) -> str:
 
 WORDS = ("", "-", "--", "-1", "0", "1", "1e309", "nan", "inf", "auto", "x" * 5000, "../..", "~nobody/x", "/dev/null", "/dev/zero",
          "é", "\u202e", "\ud800", "$(id)", "%s", "{}", "shapes", "cifar11", "spatial_attn", "basic_attn", "plain", "upstream",
-         "cpu", "cuda", "attn_tiny", "--from", "--help", "--version", "--data", "--model", "--epochs", "--out", "--seed", "--max-lr",
+         "cpu", "cuda", "attn_tiny", "--from", "--help", "--version", "--data", "--model", "--epochs", "--out", "--seed",
+         "--max-lr",
          "--batch-size", "--json",
          "--resume", "--device", "--image-size", "--recipe", "--top", "RUN", "PHOTOS", "IMAGE", "NEW")
 

@@ -180,11 +180,13 @@ def test_tabs_follow_the_arrow_keys(browser, run_folder):
     tabs[0].send_keys(Keys.ARROW_RIGHT)
     assert browser.execute_script("return document.activeElement.id") == "classes-tab"
     assert browser.execute_script(SHOWN_PANELS)[0] == "classes"
-    for key, expected in ((Keys.END, "pairs"), (Keys.ARROW_RIGHT, "confusion"), (Keys.ARROW_LEFT, "pairs"), (Keys.HOME, "confusion")):
+    for key, expected in ((Keys.END, "pairs"), (Keys.ARROW_RIGHT, "confusion"), (Keys.ARROW_LEFT, "pairs"),
+                          (Keys.HOME, "confusion")):
         browser.switch_to.active_element.send_keys(key)
         assert browser.execute_script(SHOWN_PANELS)[0] == expected
     browser.switch_to.active_element.send_keys(Keys.TAB)
-    assert not browser.execute_script("return document.activeElement.closest('#confusions [role=tablist]')"), "one stop for all tabs"
+    assert not browser.execute_script(
+        "return document.activeElement.closest('#confusions [role=tablist]')"), "one stop for all tabs"
     open_page(browser, (run_folder / "report.html").resolve().as_uri() + "#pairs", 1440, "light")
     assert browser.execute_script(SHOWN_PANELS)[0] == "pairs", "a link can lead to a panel"
 
@@ -317,14 +319,17 @@ def test_tensorboard_shows_the_run(tensorboard, run_folder):
     assert len(tensorboard("scalars/scalars", run=name, tag="LR")) == 10  # 500 images in batches of 50
 
 
-def make_run(folder: Path, logits: torch.Tensor, labels: torch.Tensor, history: list | None = None, **steps: list) -> tuple[Run, ImageData]:
+def make_run(folder: Path, logits: torch.Tensor, labels: torch.Tensor, history: list | None = None, **steps: list) -> tuple[Run,
+    ImageData]:
     """Make a run without a model, and its images, from logits alone; it trained for three epochs."""
     folder.mkdir(parents=True, exist_ok=True)
     classes, count = logits.shape[1], len(labels)
     names = tuple(f"class {index}" for index in range(classes))
     images = np.random.default_rng(0).integers(0, 256, (max(classes, count), 8, 8, 3), np.uint8)
-    data = ImageData(images[:classes], np.arange(classes), images[:count], labels.numpy(), names, (0.5,) * 3, (0.25,) * 3, "noise")
-    config = {"model": "spatial_attn", "parameters": 0, "seed": 0, "deterministic": False, "processes": 1, "machine": {}, "notes": {},
+    data = ImageData(images[:classes], np.arange(classes), images[:count], labels.numpy(), names, (0.5,) * 3, (0.25,) * 3,
+                     "noise")
+    config = {"model": "spatial_attn", "parameters": 0, "seed": 0, "deterministic": False, "processes": 1, "machine": {},
+              "notes": {},
               "recipe": vars(RECIPES["plain"]) | {"augmentation": vars(RECIPES["plain"].augmentation)},
               "engine": {"device": "cpu", "precision": "float32", "compile": False},
               "data": {"name": "noise", "train": classes, "test": count, "class_names": list(names), "image_size": 8,
@@ -342,8 +347,10 @@ ODD = [0.0, math.nan, math.inf, -math.inf, 1e300]
 @pytest.mark.parametrize("number", ODD)
 def test_every_number_can_be_zero_or_undefined(tmp_path, number):
     logits, labels = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
-    good = {"epoch": 1.0, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 1.0, "test_accuracy": 0.5, "lr": 0.1, "seconds": 1.0}
-    run, data = make_run(tmp_path / "run", logits, labels, [good, dict.fromkeys(good, number)], lr=[number, 0.1], momentum=[number] * 2)
+    good = {"epoch": 1.0, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 1.0, "test_accuracy": 0.5, "lr": 0.1,
+            "seconds": 1.0}
+    run, data = make_run(tmp_path / "run", logits, labels, [good, dict.fromkeys(good, number)], lr=[number, 0.1],
+                         momentum=[number] * 2)
     run.config["recipe"]["max_lr"] = number
     html = make_report(run, data).read_text(encoding="utf-8")
     assert "Fit" in html and "nan\N{NO-BREAK SPACE}%" not in html
@@ -359,7 +366,8 @@ def test_a_logit_can_be_undefined(tmp_path, number):
 
 
 def test_a_diverged_run_is_reported(tmp_path):
-    rows = [{"epoch": epoch, "train_loss": math.nan, "train_accuracy": 0.1, "test_loss": math.nan, "test_accuracy": 0.1, "lr": 0.1,
+    rows = [{"epoch": epoch, "train_loss": math.nan, "train_accuracy": 0.1, "test_loss": math.nan, "test_accuracy": 0.1,
+             "lr": 0.1,
              "seconds": 1.0} for epoch in (1.0, 2.0)]
     run, data = make_run(tmp_path / "run", torch.full((40, 3), math.nan), torch.arange(40) % 3, rows)
     text = Page(make_report(run, data).read_text(encoding="utf-8")).text
@@ -435,7 +443,8 @@ def test_named_pipes_do_not_block(tmp_path):
 def test_comparison(browser, tmp_path):
     labels = torch.arange(400) % 4
     right = torch.nn.functional.one_hot(labels, 4).float()
-    (first, data), (second, _) = (make_run(tmp_path / name, 3 * right + torch.randn(400, 4), labels) for name in ("<b>one", "two"))
+    (first, data), (second, _) = (make_run(tmp_path / name, 3 * right + torch.randn(400, 4), labels) for name
+                                  in ("<b>one", "two"))
     data = replace(data, class_names=(HOSTILE, *data.class_names[1:]))
     for run in (first, second):
         run.config["data"]["class_names"] = list(data.class_names)

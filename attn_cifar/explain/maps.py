@@ -344,7 +344,8 @@ def _check_scores(found: Probe, multi_label: bool) -> int:
     "Return the number of classes; raise `InputError` unless the network returns logits."
     scores, _ = class_scores(found.output, multi_label)
     if found.squashed is not None and _find_logits(found.output) is found.squashed:
-        raise InputError("the model returns probabilities, from a softmax or sigmoid: explain the model without its last step, which "
+        raise InputError(
+            "the model returns probabilities, from a softmax or sigmoid: explain the model without its last step, which "
                          "returns logits")
     return scores.shape[1]
 

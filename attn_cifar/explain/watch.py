@@ -156,7 +156,7 @@ class _WeightedSums(TorchFunctionMode):
         "Call the function behind `nn.MultiheadAttention` so that it uses the fused function, and return its weights, too."
         self.fused = None
         output, _ = func(*args, **kwargs | {"need_weights": False})
-        weights = self.fused
+        weights: Tensor | None = getattr(self, "fused", None)  # the call above sets it
         if weights is not None and kwargs.get("average_attn_weights", True):
             weights = weights.mean(1)
         return output, weights if weights is None or output.dim() == 3 else weights.squeeze(0)
@@ -245,7 +245,7 @@ def _with_copy(output: object, tensor: Tensor) -> object:
     if isinstance(output, Tensor):
         return output.clone()
     parts = [part.clone() if part is tensor else part for part in output] if isinstance(output, (tuple, list)) else []
-    return {tuple: tuple(parts), list: parts}.get(type(output))
+    return tuple(parts) if type(output) is tuple else parts if type(output) is list else None
 
 # %% ../../nbs/explain/watch.ipynb #e5b4bb6b
 class _Hooks:

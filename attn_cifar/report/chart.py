@@ -152,7 +152,8 @@ class Matrix:
         for row, (name, counts) in enumerate(zip(self.names, self.counts, strict=True)):
             short, y = html.escape(_shorten(name)), top + (row + 0.5) * side
             parts.append(f'<text x="{_MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{short}</text>')
-            parts += [_draw_cell(self, row, column, count / sum(counts), side, top) for column, count in enumerate(counts) if count]
+            parts += [_draw_cell(self, row, column, count / sum(counts), side, top) for column, count in enumerate(counts)
+                      if count]
             x, y = _MARGIN + (row + 0.5) * side + 4, bottom + 10
             parts.append(f'<text transform="translate({x:.1f} {y:.1f}) rotate(-45)" text-anchor="end">{short}</text>')
         frame = f'<rect x="{_MARGIN}" y="{top}" width="{_WIDTH - _MARGIN}" height="{bottom - top:.1f}" fill="none" class="grid"/>'

@@ -79,7 +79,8 @@ def _curves(runs: Sequence[Run]) -> Section:
     for quantity, factor, unit, form in (("accuracy", 100, "%", ".2f"), ("loss", 1, "nats", ".4f")):
         lines = {letter: [*(factor * row[f"test_{quantity}"] for row in run.history), *[math.nan] * (epochs - len(run.history))]
                  for letter, run in zip(_letters(runs), runs, strict=True)}
-        ends = ", ".join(f"{letter} {line[len(run.history) - 1]:.3g}" for (letter, line), run in zip(lines.items(), runs, strict=True))
+        ends = ", ".join(f"{letter} {line[len(run.history) - 1]:.3g}" for (letter, line), run
+                         in zip(lines.items(), runs, strict=True))
         charts.append(Chart(f"test {quantity} [{unit}]", lines, range(1, epochs + 1),
                             f"Test {quantity} over {epochs} epochs; at the end: {ends}.", form))
     return Section("curves", "Curves", "On the test images, after each epoch.", wide=True, charts=charts)
@@ -101,7 +102,8 @@ def _settings(runs: Sequence[Run]) -> Section:
     "List the settings in which the runs differ."
     settings = [_flat({name: run.config[name] for name in _COMPARED if name in run.config}) for run in runs]
     names = list(dict.fromkeys(name for each in settings for name in each))
-    rows = [(name, *(each.get(name, "–") for each in settings)) for name in names if len({each.get(name) for each in settings}) > 1]
+    rows = [(name, *(each.get(name, "–") for each in settings)) for name in names
+            if len({each.get(name) for each in settings}) > 1]
     text = "" if rows else "The runs have the same settings."
     tables = [Table(("Setting", *_letters(runs)), rows)] if rows else []
     return Section("settings", "What was changed", text, tables=tables)
@@ -126,7 +128,8 @@ def _disagreements(runs: Sequence[Run], data: ImageData) -> Section:
     indices = _choose_disagreements(evaluations)
     gallery = []
     for index in indices[:DISAGREEMENTS]:
-        answers = [f"{letter}: {names[int(one.predictions[index])]} {whole_percent(float(one.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
+        answers = [
+            f"{letter}: {names[int(one.predictions[index])]} {whole_percent(float(one.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
                    for letter, one in zip(_letters(runs), evaluations, strict=True)]
         true = names[int(data.test_labels[index])]
         gallery.append(embed_image(np.array(data.test_images[index]), f"Test image {index}, {true}", (true, *answers)))
@@ -152,7 +155,8 @@ def make_comparison(
     sections = [_result(loaded), _curves(loaded), _settings(loaded), _disagreements(loaded, data)]
     named = ", ".join(f"{letter}: {run.need_folder().name}" for letter, run in zip(_letters(loaded), loaded, strict=True))
     try:
-        write_text(path, render_page(f"{len(loaded)} runs on {data.name}", named, sections, "Made by attn_cifar from the run folders."))
+        write_text(path,
+                   render_page(f"{len(loaded)} runs on {data.name}", named, sections, "Made by attn_cifar from the run folders."))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error})") from error
     return path

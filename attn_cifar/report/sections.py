@@ -80,7 +80,8 @@ def _overview(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     tiles = [(f"{config['parameters']:,}", "parameters")]
     if run.model is not None:
         tiles.append((_short_number(count_macs(run.model, config["data"]["image_size"])), "multiply-accumulates per image"))
-    return Section("overview", "Result", _describe_images(results), wide=True, score=score, facts=facts, tiles=[*tiles, *_effort(run)])
+    return Section("overview", "Result", _describe_images(results), wide=True, score=score, facts=facts,
+                   tiles=[*tiles, *_effort(run)])
 
 # %% ../../nbs/report/sections.ipynb #eb881668
 def _describe_images(results: RunResults) -> str:
@@ -290,7 +291,8 @@ def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
         sure = f"{whole_percent(float(evaluation.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
         gallery.append(embed_image(results.data.test_images[index], f"Test image {index}, {true}", (true, f"→ {guess}", sure)))
     text = f"{wrong:,} of {len(evaluation.labels):,} test images are misclassified." + (
-        f" These are the {len(chosen)} most confident mistakes: true class → predicted class and its probability." if chosen else "")
+        f" These are the {len(chosen)} most confident mistakes: true class → predicted class and its probability." if chosen
+        else "")
     return Section("mistakes", "Most confident mistakes", text, gallery=gallery)
 
 # %% ../../nbs/report/sections.ipynb #3361ce9c
@@ -328,7 +330,8 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
         sure = f"{whole_percent(float(evaluation.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
         strip.append(embed_image(np.array(data.test_images[index]), f"test image {index}, {true}", (
             true, *([f"→ {guess}"] if guess != true else []), sure), EXPLAINED_SIDE))
-    text = ("Confident right answers and confident mistakes: true class → predicted class, which is explained. In the maps, bright is the highest "
+    text = (
+        "Confident right answers and confident mistakes: true class → predicted class, which is explained. In the maps, bright is the highest "
             "value and dark the lowest.")
     return Section("explanations", "What the network looks at", text, strips=[("", strip)])
 

@@ -13,9 +13,8 @@ import numpy as np
 
 from ..lr_finder.curve import LRRangeTest
 from .page import percent
-from ..training.evaluation import Evaluation, class_table
+from ..training.evaluation import Evaluation, class_table, wilson_interval
 from ..training.runs import Run
-from ..visualization.plots import wilson_interval
 
 # %% ../../nbs/report/verdicts.ipynb #0a6bc0fb
 def most_common(evaluation: Evaluation) -> tuple[str, float]:

@@ -353,7 +353,8 @@ def plot_confused(
     place = np.arange(len(rows))[::-1]
     ax.barh(place, [count for *_, count, _ in rows], color=COLORS["orange"], height=0.7)
     for y, (_, _, count, share) in zip(place, rows, strict=True):
-        ax.annotate(f"{count:,}, {whole_percent(share)} % of the class", (count, y), (4, 0), textcoords="offset points", va="center",
+        ax.annotate(f"{count:,}, {whole_percent(share)} % of the class", (count, y), (4, 0), textcoords="offset points",
+                    va="center",
                     fontsize=10)
     ax.set_yticks(place, [f"{short_name(true)} → {short_name(guess)}" for true, guess, *_ in rows])
     ax.set(xlabel="test images", title="Most confused: true → predicted" if rows else "No mistakes")
