@@ -243,14 +243,17 @@ def test_text_has_contrast(browser, run_folder, scheme):
     browser.execute_script("document.querySelectorAll('.panel').forEach(panel => panel.style.display = 'block')")
     poor = browser.execute_script("""
         const numbers = color => color.match(/[\\d.]+/g).map(Number);
-        const light = color => numbers(color).slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+        const light = color => numbers(color).slice(0, 3).map(v => v / 255)
+          .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
           .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
         const ground = e => { const c = getComputedStyle(e).backgroundColor, n = numbers(c);
           return n.length > 3 && n[3] === 0 ? ground(e.parentElement) : c; };
         const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
-        return [...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
+        return [...document.querySelectorAll('body *')]
+          .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
           .filter(e => e.tagName !== 'SCRIPT' && e.tagName !== 'title')
-          .map(e => [e.closest('svg') ? getComputedStyle(e).fill : getComputedStyle(e).color, ground(e.closest('svg')?.parentElement ?? e), e])
+          .map(e => [e.closest('svg') ? getComputedStyle(e).fill : getComputedStyle(e).color,
+                     ground(e.closest('svg')?.parentElement ?? e), e])
           .filter(([a, b]) => ratio(a, b) < 4.5).map(([a, b, e]) => `${e.textContent.slice(0, 30)}: ${a} on ${b}`)""")
     assert poor == []
 

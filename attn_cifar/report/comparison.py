@@ -68,7 +68,8 @@ def _result(runs: Sequence[Run]) -> Section:
                      f"{run.config['parameters']:,}", f"{len(run.history)}", f"{seconds:.3g}"))
     head = "Run", "Folder", "Model", "Accuracy", "95 % interval", "Points from A", "Parameters", "Epochs", "Seconds"
     name, share = most_common(runs[0].need_evaluation())
-    text = f"Always answering {name + ', ' if name else ''}the most common class gives {percent(share)}. Differences from A are measured image by image."
+    text = (f"Always answering {name + ', ' if name else ''}the most common class gives {percent(share)}. Differences from A "
+            f"are measured image by image.")
     return Section("result", "Result", text, wide=True, tables=[Table(head, rows)])
 
 # %% ../../nbs/report/comparison.ipynb #cebb4b09
@@ -129,7 +130,8 @@ def _disagreements(runs: Sequence[Run], data: ImageData) -> Section:
     gallery = []
     for index in indices[:DISAGREEMENTS]:
         answers = [
-            f"{letter}: {names[int(one.predictions[index])]} {whole_percent(float(one.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
+            f"{letter}: {names[int(one.predictions[index])]} "
+            f"{whole_percent(float(one.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
                    for letter, one in zip(_letters(runs), evaluations, strict=True)]
         true = names[int(data.test_labels[index])]
         gallery.append(embed_image(np.array(data.test_images[index]), f"Test image {index}, {true}", (true, *answers)))

@@ -171,7 +171,8 @@ document.querySelectorAll(".tabs").forEach(card => {
     tab.addEventListener("click", () => show(index));
     tab.addEventListener("keydown", event => {
       const last = panels.length - 1;
-      const next = {ArrowRight: index === last ? 0 : index + 1, ArrowLeft: index ? index - 1 : last, Home: 0, End: last}[event.key];
+      const next = {ArrowRight: index === last ? 0 : index + 1, ArrowLeft: index ? index - 1 : last,
+                          Home: 0, End: last}[event.key];
       if (next !== undefined) { event.preventDefault(); show(next, true); }
     });
     list.append(tab);

@@ -60,7 +60,8 @@ def _score(evaluation: Evaluation) -> Score:
     "Return the accuracy with its interval, beside that of always answering the most common class."
     (name, baseline), (low, high), count = most_common(evaluation), accuracy_interval(evaluation), len(evaluation.labels)
     answer = f"{name}, the most common class" if name else "the most common class"
-    legend = f"Line: 95\N{NO-BREAK SPACE}% interval, {percent(low)} to {percent(high)}. Mark: always answering {answer}, {percent(baseline)}."
+    legend = (f"Line: 95\N{NO-BREAK SPACE}% interval, {percent(low)} to {percent(high)}. Mark: always answering {answer}, "
+              f"{percent(baseline)}.")
     return Score(percent(evaluation.accuracy), f"of {count:,} test images are classified correctly", legend, evaluation.accuracy,
                  low, high, baseline, poor=low <= baseline)
 
@@ -135,7 +136,8 @@ def _confusion(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
         return Section("confusion", "Confusion", f"{text} Rows are true classes, columns predicted ones.",
                        charts=[Matrix(names, evaluation.confusion.tolist(), alt)])
     cells, each = _pooled(evaluation.confusion)
-    text += " Rows are true classes, columns predicted ones, in the order of the class names; dark is a large share of the true class."
+    text += (" Rows are true classes, columns predicted ones, in the order of the class names; dark is a large share of the "
+             "true class.")
     text += f" A cell covers {each}×{each} classes." if each > 1 else ""
     return Section("confusion", "Confusion", text, plots=[_cell_picture(cells, alt)])
 
@@ -299,7 +301,8 @@ def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 _METHOD_TEXTS = {
     "grad_cam": "Where a layer holds evidence for the predicted class.",
     "attention_rollout": "How attention carries each place through all layers up to this one, whatever the class.",
-    "gradient_attention": "How attention carries each place through the layers, as far as it raises the logit of the predicted class.",
+    "gradient_attention": "How attention carries each place through the layers, as far as it raises the logit of the predicted "
+                          "class.",
     "attention": "How much attention each position receives from all others, layer by layer.",
 }
 _VERDICT_TEXTS = {
@@ -331,7 +334,8 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
         strip.append(embed_image(np.array(data.test_images[index]), f"test image {index}, {true}", (
             true, *([f"→ {guess}"] if guess != true else []), sure), EXPLAINED_SIDE))
     text = (
-        "Confident right answers and confident mistakes: true class → predicted class, which is explained. In the maps, bright is the highest "
+        "Confident right answers and confident mistakes: true class → predicted class, which is explained. In the maps, bright "
+        "is the highest "
             "value and dark the lowest.")
     return Section("explanations", "What the network looks at", text, strips=[("", strip)])
 

@@ -15,11 +15,12 @@ from .diagram import NetworkPart, draw_network, drawing_height, plot_network, tr
 from .plots import (
     HEAT, MAX_CELL_TEXT, MAX_ROWS, SPLITS, overlay, plot_calibration, plot_classes, plot_confused, plot_confusion,
     plot_explanations, plot_history, plot_images, plot_lr_find, plot_misclassified, plot_schedule)
-from .style import COLORS, DPI, MAX_STORED, STYLE, WIDTH, new_axes, new_figure, short_name, styled, whole_percent
+from .style import (
+    COLORS, DPI, MAX_STORED, STYLE, WIDTH, new_axes, new_figure, short_name, styled, whole_percent)
 
 # %% ../../nbs/visualization/package.ipynb #d3c41c2a
 _all_ = [
     "COLORS", "DPI", "HEAT", "MAX_CELL_TEXT", "MAX_ROWS", "MAX_STORED", "METHOD_NAMES", "NetworkPart", "SPLITS", "STYLE", "WIDTH",
     "draw_network", "drawing_height", "new_axes", "new_figure", "overlay", "plot_calibration", "plot_classes", "plot_confused",
     "plot_confusion", "plot_explanations", "plot_history", "plot_images", "plot_lr_find", "plot_misclassified", "plot_network",
-    "plot_schedule", "short_name", "styled", "trace_network", "whole_percent",]
+    "plot_schedule", "short_name", "styled", "trace_network", "whole_percent"]
