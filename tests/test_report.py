@@ -235,6 +235,12 @@ def test_numbers_do_not_wrap(browser, run_folder):
             return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) => p.left < q.right - 1 && q.left < p.right - 1
               && p.top < q.bottom - 1 && q.top < p.bottom - 1).map(([b]) => a + ' | ' + b))""")
         assert overlapping == []
+        clipped = browser.execute_script("""
+            return [...document.querySelectorAll('.chart text')].filter(text => {
+              const inner = text.getBoundingClientRect(), outer = text.closest('svg').getBoundingClientRect();
+              return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1);
+            }).map(text => text.textContent)""")
+        assert clipped == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,6 +10,7 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from unicodedata import east_asian_width
 
 from ..visualization.style import whole_percent
 
@@ -130,7 +131,7 @@ def _draw_strip(chart: Chart, index: int, x: float, step: float, y: Callable[[fl
 # %% ../../nbs/report/chart.ipynb #ae8503fb
 MAX_MATRIX = 20  # classes that a `Matrix` has room for
 _MAX_NUMBERS = 12  # classes up to which cells contain numbers
-_MARGIN, _LABEL = 82, 66  # units: left of the cells, and below them
+_MARGIN, _LABEL = 86, 68  # units: left of the cells, and below them
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,13 @@ class Matrix:
 
 # %% ../../nbs/report/chart.ipynb #1f5c366e
 def _shorten(name: str) -> str:
-    "Shorten a name to the room beside or below a matrix."
-    return name if len(name) <= 12 else f"{name[:11]}…"
+    "Shorten a name to the room beside or below a matrix, by an estimate of its width."
+    room = _MARGIN - 6
+    widths = [12 if east_asian_width(letter) in "WF" else 9 if letter.isupper() else 7 for letter in name]
+    if sum(widths) <= room:
+        return name
+    fits = sum(1 for end in range(1, len(name) + 1) if sum(widths[:end]) <= room - 12)
+    return f"{name[:fits]}…"
 
 
 def _draw_cell(matrix: Matrix, row: int, column: int, share: float, side: float, top: float) -> str:
