@@ -238,7 +238,8 @@ def test_numbers_do_not_wrap(browser, run_folder):
         clipped = browser.execute_script("""
             return [...document.querySelectorAll('.chart text')].filter(text => {
               const inner = text.getBoundingClientRect(), outer = text.closest('svg').getBoundingClientRect();
-              return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1);
+              return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1
+                || inner.bottom > outer.bottom + 1);
             }).map(text => text.textContent)""")
         assert clipped == []
 
