@@ -38,7 +38,7 @@ def command(send: str, marker: str, *words: str) -> None:
             register_optimizer_step_post_hook(count)
         return fit(*args, **options)
 
-    with mock.patch("attn_cifar.lr_finder.finder.fit", counted):
+    with mock.patch("attn_cifar.lr_finder.finder.fit", counted), mock.patch("attn_cifar.training.loop.fit", counted):
         sys.exit(main(words))
 
 

@@ -107,7 +107,7 @@ def test_a_run_to_resume_keeps_its_options(photos):
 def test_a_run_without_a_source_asks_for_it(photos, capsys):
     assert train("--data", str(photos)) == 0
     config = json.loads(Path("run/config.json").read_text())
-    config["notes"] = {"source": 7}
+    config["notes"] = {}
     Path("run/config.json").write_text(json.dumps(config))
     assert main(["train", "--out", "run", "--resume"]) == 2
     assert "give --data" in capsys.readouterr().err

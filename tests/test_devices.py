@@ -1,6 +1,7 @@
 """What a GPU waits for, refuses and needs, on a simulated one: see `simulated_gpu.py`."""
 
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -202,7 +203,10 @@ def test_nothing_compiled_needs_no_compiler(data, monkeypatch):
 def test_a_checkpoint_keeps_the_scale_of_float16(data, tmp_path):
     """And restores every state to the GPU."""
     def resume(gpu):
-        recipe, run = choose_recipe(None, "tiny", {"batch_size": 32, "epochs": 1}), Run(tmp_path, {}, [], {"loss": []}, None)
+        recipe = choose_recipe(None, "tiny", {"batch_size": 32, "epochs": 1})
+        config = {"model": "spatial_attn", "parameters": 25_680, "seed": 0, "deterministic": False, "data": {},
+                  "recipe": asdict(recipe)}
+        run = Run(tmp_path, config, [], {"lr": [], "momentum": [], "loss": []}, None)
         first, second = (Trainer(create_model("spatial_attn"), data, recipe, Engine("cuda", "float16", False)) for _ in range(2))
         steps = first.epoch()
         next(steps)
