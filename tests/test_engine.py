@@ -21,7 +21,6 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 
 def loss_and_gradient(name: str, precision: str, compile: bool, dtype: torch.dtype = torch.float32):
     """Return the loss and all gradients of one batch, from the same start each time, and whether it was compiled."""
-    torch.compiler.reset()  # after several compilations in one process PyTorch goes on without, and does not say so
     torch.manual_seed(0)
     model = create_model(name).to(memory_format=torch.channels_last).to(dtype)
     for parameter_name, parameter in model.named_parameters():
