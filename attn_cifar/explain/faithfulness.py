@@ -46,11 +46,12 @@ def score_maps(
     targets: Tensor,  # int64 (B,)
     steps: int = 8,  # number of parts that the image is masked in
     multi_label: bool = False,  # as in `explain`
+    replaced: Tensor | None = None,  # what masked positions show, as `images`; None: the blurred images
 ) -> tuple[Tensor, Tensor]:  # deletion and insertion, each float32 (B,), 0..1
     "Measure the area under the target's probability while positions are masked or restored in the order of a map."
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    replaced, curves = blurred(images), []
+    replaced, curves = blurred(images) if replaced is None else replaced, []
     with torch.no_grad():
         for step in range(steps + 1):
             first = (rank < order.shape[1] * step / steps).view(len(images), 1, *maps.shape[1:])
@@ -159,11 +160,13 @@ def _score_all(model: nn.Module, images: Tensor, explanation: Explanation, steps
     moves = max(8, -(-32 // len(images)))  # at least 32 in all, to measure their spread
     variants = [explanation.maps, *(torch.stack([_moved(map_, generator) for map_ in explanation.maps]) for _ in range(moves))]
     targets, scores = explanation.targets.to(images.device), []
+    replaced = [blurred(part) for part in images.split(PORTION)]  # once: it takes longer than a small network
     for maps in variants:
         large = F.interpolate(maps[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
         large = large.nan_to_num().to(images.device)
         parts = zip(images.split(PORTION), large.split(PORTION), targets.split(PORTION), strict=True)
-        pairs = [torch.stack(score_maps(model, *part, steps, explanation.multi_label)) for part in parts]
+        pairs = [torch.stack(score_maps(model, *part, steps, explanation.multi_label, blurry))
+                 for part, blurry in zip(parts, replaced, strict=True)]
         scores.append(torch.cat(pairs, 1).cpu())
     return torch.stack(scores, 1)
 
