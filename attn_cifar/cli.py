@@ -675,12 +675,14 @@ def _add_inputs(
     inputs: "np.ndarray",  # uint8 (B, H, W, 3): what the network sees
 ) -> None:
     "Add each network input small to the corner of its photograph."
+    from attn_cifar.visualization.plots import label_row
+
     for ax, pixels in zip(panels, inputs, strict=False):
         corner = ax.inset_axes((0.66, 0.0, 0.34, 0.34))
         corner.imshow(pixels, interpolation="nearest")
         corner.set(xticks=[], yticks=[])
         corner.spines[:].set(visible=True, color="white")
-    panels[0].set_ylabel("photograph, and\nwhat the network sees", fontsize=8)
+    label_row(panels[0], "photograph, and what the network sees")
 
 # %% ../nbs/cli/cli.ipynb #9d0a5fe0
 def _explanation_lines(
