@@ -1433,6 +1433,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                      'attn_cifar/training/engine.py'),
                                             'attn_cifar.training.engine.choose_engine': ( 'training/engine.html#choose_engine',
                                                                                           'attn_cifar/training/engine.py'),
+                                            'attn_cifar.training.engine.default_device': ( 'training/engine.html#default_device',
+                                                                                           'attn_cifar/training/engine.py'),
                                             'attn_cifar.training.engine.enter_training_mode': ( 'training/engine.html#enter_training_mode',
                                                                                                 'attn_cifar/training/engine.py'),
                                             'attn_cifar.training.engine.keep_memory': ( 'training/engine.html#keep_memory',
