@@ -103,8 +103,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--layers": {"choices": ("last", "all"), "default": "last", "help": "of each method (default: last)"},
     "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside "
                                                                        "the first run)"},
-    "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help": "gpu: leave out parts that do not fit into this time; the same "
-                                                                  "command continues later (default: 6)"},
+    "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help": "gpu: leave out parts that do not fit into this time; "
+                                                                           "the same command continues later (default: 6)"},
     "--rehearse": {"action": "store_true", "help": "gpu: at reduced size, with or without a GPU"},
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "on this machine alone (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the picture (default: explanation.png); further files, "
@@ -715,7 +715,8 @@ def _study(arguments: argparse.Namespace) -> None:
     "Run a measured comparison."
     from attn_cifar.studies.registry import run_study
 
-    run_study(arguments.name, data=arguments.data, out=arguments.out, minutes=arguments.minutes, rehearse=arguments.rehearse or None)
+    run_study(arguments.name, data=arguments.data, out=arguments.out, minutes=arguments.minutes,
+              rehearse=arguments.rehearse or None)
 
 # %% ../nbs/cli/cli.ipynb #9a3a5a66
 def _report(arguments: argparse.Namespace) -> _Result:

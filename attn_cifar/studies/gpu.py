@@ -283,7 +283,8 @@ def gpu(
     path = Path(out or ("runs/gpu_rehearsal" if rehearse else "nbs/studies/results")) / "gpu.json"
     store, skipped = StudyResults(path, "gpu", data=bench.data.name), []
     if store.stored.setdefault("rehearsal", rehearse) != rehearse:
-        raise InputError(f"{path} holds the results of {'a real run' if rehearse else 'a rehearsal'}: name another folder with --out")
+        kind = "a real run" if rehearse else "a rehearsal"
+        raise InputError(f"{path} holds the results of {kind}: name another folder with --out")
     for part in PARTS:
         rows = store.stored.setdefault("parts", [])
         if (parts is not None and part.name not in parts) or any(row["part"] == part.name and "error" not in row for row in rows):
@@ -297,14 +298,16 @@ def gpu(
     print(f"stored in {path}" + (f"; not enough time for {', '.join(skipped)}: run the same command again" if skipped else ""))
 
 # %% ../../nbs/studies/gpu.ipynb #f2ec2b2c
-def gpu_table() -> str:
+def gpu_table(
+    *names: str,  # of `PARTS`; none: all
+) -> str:
     "Return the stored results as a Markdown table, every part that has none as not measured."
     try:
         rows = {row["part"]: row for row in load_results("gpu")["parts"]}
     except InputError:
         rows = {}
     lines = ["| part | result |", "| --- | --- |"]
-    for part in PARTS:
+    for part in (part for part in PARTS if not names or part.name in names):
         row = {key: value for key, value in rows.get(part.name, {}).items()
                if key != "part" and not isinstance(value, list | dict)}
         values = (f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
