@@ -23,6 +23,7 @@ from attn_cifar.core import InputError
 from attn_cifar.models import create_model, load_pretrained
 from attn_cifar.studies import gpu
 from attn_cifar.training import load_run
+from attn_cifar.training.recipes import default_batch_size
 from attn_cifar.training.runs import read_config
 
 SLOW = """
@@ -73,7 +74,7 @@ def test_the_default_network_and_the_rule_for_the_batch_size(photos, capsys):
     assert (stored["model"], recipe["max_lr"], recipe["batch_size"]) == ("attn_tiny", 0.035, 8), "not 18 images in batches of 8"
     assert "note" not in capsys.readouterr().err, "a warning about what the user did not choose"
     for images in (1, 20, 255, 256, 400, 1200, 9_999, 50_000, 10**6):
-        size = cli._default_batch_size(images, 128)
+        size = default_batch_size(images, 128)
         assert size <= 128 and (images / size >= 32 or size == 8) and (images / (2 * size) < 32 or size == 128), images
 
 
