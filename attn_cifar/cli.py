@@ -25,7 +25,7 @@ from .core import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from attn_cifar.data.images import ImageData
     from attn_cifar.explain.faithfulness import Faithfulness
@@ -399,20 +399,14 @@ def _choose_recipe(
         max_lr = recipe.max_lr if own or arguments.recipe or config else None
     return (recipe, False) if max_lr is None else (choose_recipe(None, recipe, {"max_lr": max_lr}), True)
 
-# %% ../nbs/cli/cli.ipynb #66303da6
-def _default_batch_size(
-    images: int,  # for training
-    largest: int,  # the recipe's batch size
-) -> int:
-    "Return the batch size for a number of training images: at least 32 steps per epoch if 8 images or more allow it."
-    return min(largest, 1 << max((images // 32).bit_length() - 1, 3))
-
 # %% ../nbs/cli/cli.ipynb #5cff84a7
 def _set_batch_size(arguments: argparse.Namespace, config: dict[str, Any] | None, recipe: "Recipe", images: int) -> "Recipe":
     "Adapt the batch size to the number of training images, unless an option or the run to resume has decided; warn of few steps."
     from dataclasses import replace
 
-    fitting, steps = _default_batch_size(images, recipe.batch_size), -(-images // recipe.batch_size)
+    from attn_cifar.training.recipes import default_batch_size
+
+    fitting, steps = default_batch_size(images, recipe.batch_size), -(-images // recipe.batch_size)
     if config is None and arguments.batch_size is None and arguments.recipe is None:
         return replace(recipe, batch_size=fitting)
     if steps < 10 and recipe.batch_size > fitting:
@@ -439,20 +433,6 @@ def _load_start(
     if arguments.model not in (None, start.name):
         raise InputError(f"{arguments.start} is a {start.name}, not a {arguments.model}: leave --model out")
     return start
-
-# %% ../nbs/cli/cli.ipynb #22c20e93
-def _with_new_head(
-    name: str,  # of a registered network
-    weights: "dict[str, Tensor]",  # its state, trained on any number of classes
-    num_classes: int,
-) -> "nn.Module":
-    "Return a network with trained weights, except those whose shape depends on the number of classes."
-    from attn_cifar.models.registry import create_model
-
-    model = create_model(name, num_classes)
-    fresh, other = model.state_dict(), create_model(name, num_classes + 1).state_dict()
-    model.load_state_dict(fresh | {key: weights[key] for key in fresh if fresh[key].shape == other[key].shape})
-    return model
 
 # %% ../nbs/cli/cli.ipynb #98c76b2f
 def _load_shared(arguments: argparse.Namespace, processes: "Processes") -> "ImageData":
@@ -484,13 +464,13 @@ def _train_and_report(
     import torch
 
     from attn_cifar.lr_finder.finder import fit_with_suggestion
-    from attn_cifar.models.registry import create_model
+    from attn_cifar.models.registry import create_model, transfer_weights
     from attn_cifar.report.sections import make_report
     from attn_cifar.training.loop import fit
 
     classes, say = len(data.class_names), processes.rank == 0 and not arguments.json
     torch.manual_seed(arguments.seed)
-    model = _with_new_head(start.name, start.model.state_dict(), classes) if start else create_model(arguments.model, classes)
+    model = transfer_weights(start.name, start.model.state_dict(), classes) if start else create_model(arguments.model, classes)
     if say and start is not None:
         print(_escape(f"starting from {arguments.start}; the last layer is new, for {classes} classes"), flush=True)
     _progress.info("training" if decided else "choosing a learning rate, then training")
