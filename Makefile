@@ -42,12 +42,13 @@ picture: .venv/.installed-dev
 readme: .venv/.installed-dev
 	@$(BIN)/python .github/readme.py
 
-# The badge and first cell of every notebook; then all of them as Colab runs them: alone, in order, in a clean environment.
+# The badge and first cell of every notebook; then all of them as Colab runs them: alone, in order, in a clean environment with
+# Colab's versions (.github/colab.txt), so PYTHON must be 3.12. NOTEBOOKS="01_data quickstart" for some of them.
 colab: .venv/.installed-dev
 	@$(BIN)/python .github/colab.py
 
 test-colab:
-	@$(PYTHON) .github/colab.py --try $(if $(DATA),--data $(abspath $(DATA)))
+	@$(PYTHON) .github/colab.py --try $(if $(DATA),--data $(if $(filter cifar10 shapes,$(DATA)),$(DATA),$(abspath $(DATA)))) $(NOTEBOOKS)
 
 # The wheel and the sdist in a clean environment on each Python that is at hand, one after another.
 test-package:
