@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attn_cifar.data import InputError
-from attn_cifar.explain import explain
+from attn_cifar.explain import blurred, check_explanations, explain
 
 PATCHES = 12  # changed one at a time
 
@@ -93,10 +93,6 @@ def places_of_grad_cam(model, layer, size):
         return None
     raise AssertionError(f"the map of {layer} is Grad-CAM in no reading of {tuple(output.shape)}")
 
-
-SWEEP = ("timm",)
-
-
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -135,33 +131,32 @@ def test_height_and_width_are_found_where_channels_are_last(size, channels):
     assert found.layer == "two" and torch.allclose(found.maps, right, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, form, mean, grid", [
-    ("sequence first", lambda x: x.flatten(1, 2).transpose(0, 1), 0, (8, 8)),
-    ("channels, then tokens", lambda x: x.flatten(1, 2).transpose(1, 2), 2, (8, 8)),
-    ("heads", lambda x: x.flatten(1, 2).unflatten(2, (2, 12)).transpose(1, 2), None, (8, 8)),
-    ("a class token first", lambda x: torch.cat([x.mean((1, 2))[:, None], x.flatten(1, 2)], 1), 1, (8, 8)),
-    ("a class token last", lambda x: torch.cat([x.flatten(1, 2), x.mean((1, 2))[:, None]], 1), 1, (8, 8))])
-def test_forms_of_tokens(name, form, mean, grid):
-    """The map of the tokens is the map of the layer before, which has rows and columns."""
-    def read(x):
-        return form(x) if mean is not None else form(x)
+def to_tokens(x):
+    return x.flatten(1, 2)
 
-    model = Stages(24, read, mean if mean is not None else 2)
-    model.head = nn.Sequential(nn.Flatten(), nn.LazyLinear(10)) if mean is None else model.head
-    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    model(images)
-    found = explain(model, images, methods="grad_cam", layers=["two", "form"])
-    assert found[1].maps.shape[1:] == grid
-    output = model.two(model.one(images.permute(0, 2, 3, 1))).detach().requires_grad_()
-    tokens = form(output)
-    tail = model.head(tokens.mean(mean) if mean is not None else tokens.mean(2))
-    gradient, = torch.autograd.grad(tail.gather(1, found[1].targets[:, None]).sum(), tokens)
-    product = {"sequence first": (gradient.mean(0) * tokens).sum(-1).T,
-               "channels, then tokens": (gradient.mean(2, keepdim=True) * tokens).sum(1),
-               "heads": (gradient.mean(2, keepdim=True) * tokens).sum((1, 3)),
-               "a class token first": (gradient[:, 1:].mean(1, keepdim=True) * tokens[:, 1:]).sum(-1),
-               "a class token last": (gradient[:, :-1].mean(1, keepdim=True) * tokens[:, :-1]).sum(-1)}[name]
-    assert torch.allclose(found[1].maps, product.relu().view(2, *grid).detach(), atol=1e-6)
+
+FORMS = {  # what a layer makes of (B, h, w, C), and the way back
+    "sequence first": (lambda x: to_tokens(x).transpose(0, 1), lambda x: x.transpose(0, 1)),
+    "channels, then tokens": (lambda x: to_tokens(x).mT, lambda x: x.mT),
+    "heads": (lambda x: to_tokens(x).unflatten(2, (2, 12)).transpose(1, 2), lambda x: x.transpose(1, 2).flatten(2)),
+    "a class token first": (lambda x: torch.cat([x.mean((1, 2))[:, None], to_tokens(x)], 1), lambda x: x[:, 1:]),
+    "a class token last": (lambda x: torch.cat([to_tokens(x), x.mean((1, 2))[:, None]], 1), lambda x: x[:, :-1]),
+    "four registers": (lambda x: torch.cat([x.new_zeros(len(x), 4, 24), to_tokens(x)], 1), lambda x: x[:, 4:])}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
+def test_forms_of_tokens(form, size):
+    """The map of the tokens is the map of the layer before them, which has rows and columns."""
+    there, back = FORMS[form]
+
+    class Model(Stages):
+        def forward(self, x):
+            return self.head(back(self.form(self.two(self.one(x.permute(0, 2, 3, 1))))).mean(1))
+
+    model, images = Model(24, there), torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    two, tokens = explain(model, images, methods="grad_cam", layers=["two", "form"])
+    assert torch.allclose(tokens.maps, two.maps, atol=1e-6) and two.maps.max() > 0
 
 
 def windows(side):
@@ -259,9 +254,6 @@ WAYS = {
     "flat from the start": lambda self, q, k, v: torch.bmm(torch.softmax(torch.baddbmm(torch.zeros(()), q.flatten(0, 1), k.flatten(
         0, 1).mT, beta=0, alpha=0.25), -1), v.flatten(0, 1)).unflatten(0, (-1, 2)),
     "subtracting the maximum": lambda self, q, k, v: ((s := q @ k.mT * 0.25) - s.amax(-1, keepdim=True)).softmax(-1) @ v,
-    "keys first": lambda self, q, k, v: (k @ q.mT * 0.25).softmax(-2).mT @ v,
-    "log": lambda self, q, k, v: (q @ k.mT * 0.25).log_softmax(-1).exp() @ v,
-    "exponentials": lambda self, q, k, v: (e := (q @ k.mT * 0.25).exp()) / e.sum(-1, keepdim=True) @ v,
     "operator": lambda self, q, k, v: torch.Tensor.matmul(torch.nn.functional.softmax(q @ k.mT * 0.25, -1), v),
     "torch.special": lambda self, q, k, v: torch.special.softmax(q @ k.mT * 0.25, -1) @ v}
 
@@ -275,6 +267,20 @@ def test_attention_in_other_words_is_the_same_attention(way):
     assert {one.method for one in found} == {"grad_cam", "attention_rollout", "gradient_attention"}
     for one, right in zip(found, expected, strict=True):
         assert torch.allclose(one.maps, right.maps, rtol=1e-4, atol=1e-5 * float(right.maps.max()))
+
+
+HIDDEN = {"keys first": lambda self, q, k, v: (k @ q.mT * 0.25).softmax(-2).mT @ v,
+          "log": lambda self, q, k, v: (q @ k.mT * 0.25).log_softmax(-1).exp() @ v,
+          "exponentials": lambda self, q, k, v: (e := (q @ k.mT * 0.25).exp()) / e.sum(-1, keepdim=True) @ v,
+          "linear": lambda self, q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v),
+          "over channels": lambda self, q, k, v: (v @ (q.mT @ k).softmax(-1))}
+
+
+@pytest.mark.parametrize("way", HIDDEN)
+def test_attention_that_cannot_be_read_gives_no_attention_maps(way):
+    """There is still Grad-CAM, at layers whose order of tokens is known."""
+    found = explain(OfTokens(type("Other", (Attention,), {"mix": HIDDEN[way]})), IMAGES)
+    assert {one.method for one in found} == {"grad_cam"} and found[-1].maps.shape == (2, 4, 4)
 
 
 class Torch(nn.Module):
@@ -347,3 +353,155 @@ def test_the_stem_alone_is_not_the_default():
     with pytest.raises(InputError, match="near the classifier"):
         explain(model, IMAGES)
     assert explain(model, IMAGES, layers=["0"])[0].maps.shape[1:] == (8, 8)
+
+
+def small(outputs=10, last=()):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, outputs), *last)
+
+
+class Named(nn.Module):
+    """Logits under a name, in an object's place."""
+
+    def __init__(self, body, form):
+        super().__init__()
+        self.body, self.form = body, form
+
+    def forward(self, x):
+        return self.form(self.body(x))
+
+
+ONE = {"(B, 1)": lambda x: x, "(B,)": lambda x: x[:, 0], "dictionary": lambda x: {"logits": x}, "tuple": lambda x: (x,)}
+
+
+@pytest.mark.parametrize("form", ONE)
+def test_one_logit_separates_two_classes(form):
+    """The same network with the logits -z/2 and z/2 is the oracle for probabilities; a map against is that of -z."""
+    model = Named(small(1), ONE[form])
+    logits = model.body(IMAGES).detach()[:, 0]
+    found = explain(model, IMAGES, layers=["body.2"])[0]
+    assert torch.equal(found.targets, (logits > 0).long())
+    two = Named(small(1), lambda x: torch.cat([-x, x], 1))
+    for target, sign in ((0, -1), (1, 1)):
+        one = explain(model, IMAGES, target, "grad_cam", ["body.2"])[0]
+        assert torch.allclose(one.probabilities, torch.sigmoid(sign * logits), atol=1e-6)
+        assert torch.equal(one.maps, explain(two, IMAGES, target, "grad_cam", ["body.2"])[0].maps)
+    against = explain(model, IMAGES, 0, "grad_cam", ["body.2"])[0]
+    assert not torch.equal(against.maps, one.maps)
+    assert all(0 < check.deletion < 1 for check in check_explanations(model, IMAGES, [one], steps=2))
+
+
+def test_multi_label_outputs_get_sigmoid_probabilities():
+    model = small(10)
+    logits = model(IMAGES).detach()
+    one = explain(model, IMAGES, 3, "grad_cam", multi_label=True)[0]
+    assert one.multi_label and torch.allclose(one.probabilities, logits[:, 3].sigmoid(), atol=1e-6)
+    assert torch.allclose(explain(model, IMAGES, 3, "grad_cam")[0].probabilities, logits.softmax(1)[:, 3], atol=1e-6)
+    (check,) = check_explanations(model, IMAGES, [one], steps=2)
+    blurry = (model(blurred(IMAGES)).sigmoid()[:, 3].mean() + logits[:, 3].sigmoid().mean()) / 2
+    assert abs(check.deletion - float(blurry)) < 0.1, "the area under a curve of sigmoids"
+
+
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.Sigmoid(), nn.Softmax(-1)], ids=str)
+@pytest.mark.parametrize("outputs", [1, 10])
+def test_probabilities_instead_of_logits_are_refused(last, outputs):
+    with pytest.raises(InputError, match="returns probabilities"):
+        explain(small(outputs, [last]), IMAGES)
+
+
+@pytest.mark.parametrize("form", [lambda x: x[:, :, None], lambda x: (x, x.clone()), lambda x: x.sum(), lambda x: None,
+                                  lambda x: {"a": x}, lambda x: "text"])
+def test_outputs_without_class_scores_are_refused(form):
+    with pytest.raises(InputError) as refused:
+        explain(Named(small(), form), IMAGES)
+    assert "\n" not in str(refused.value)
+
+
+class Keeping(nn.Module):
+    """Keep activations in attributes, lists and dictionaries, as for a loss of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.kept, self.named = small(), [], {}
+
+    def forward(self, x):
+        self.last = self.body[:3](x)
+        self.kept.append(self.last)
+        self.named["features"] = (self.last,)
+        return self.body[3:](self.last)
+
+
+def with_norm(norm):
+    model = small()
+    norm(model[0])
+    norm(model[2])
+    return model
+
+
+UNUSUAL = {"activations in attributes": Keeping, "weight norm": lambda: with_norm(nn.utils.parametrizations.weight_norm),
+           "spectral norm": lambda: with_norm(nn.utils.parametrizations.spectral_norm),
+           "spectral norm by hooks": lambda: with_norm(nn.utils.spectral_norm),
+           "weight norm by hooks": lambda: with_norm(nn.utils.weight_norm),
+           "traced by fx": lambda: torch.fx.symbolic_trace(small())}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_networks_that_keep_tensors_with_a_history(kind):
+    """They are explained and tested as they are, also after a training step, which leaves a history behind."""
+    model = UNUSUAL[kind]()
+    model(IMAGES).sum().backward()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = explain(model, IMAGES)
+    assert len(check_explanations(model, IMAGES, found, steps=2)) == len(found)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model(IMAGES).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [lambda: torch.jit.script(small()), lambda: torch.jit.trace(small(), IMAGES),
+                                  lambda: torch.jit.freeze(torch.jit.script(small().eval())),
+                                  lambda: nn.Sequential(torch.jit.script(small()), nn.ReLU()), lambda: "model", lambda: small])
+def test_what_takes_no_hooks_is_refused_in_one_line(make):
+    with pytest.raises(InputError) as refused:
+        explain(make(), IMAGES)
+    assert "\n" not in str(refused.value)
+
+
+def test_networks_made_in_inference_mode_are_refused_in_one_line():
+    with torch.inference_mode():
+        whole, part = small(), nn.Linear(8, 10)
+        statistics = nn.BatchNorm2d(3)
+    body = small()
+    body[5] = part
+    for model in (whole, body, nn.Sequential(statistics.requires_grad_(False), small())):
+        with pytest.raises(InputError, match="inference_mode"):
+            explain(model, IMAGES)
+
+
+def test_images_made_in_inference_mode_are_explained():
+    with torch.inference_mode():
+        images = IMAGES.clone()
+    assert torch.equal(explain(small(), images)[0].maps, explain(small(), IMAGES)[0].maps)
+
+
+def test_layers_are_modules_or_names():
+    model = small()
+    expected = explain(model, IMAGES, layers=["0", "2"])
+    for layers in ([model[0], model[2]], ["0", model[2]], (model[0], model[2]), {"grad_cam": [model[0], "2"]}, model[:3:2]):
+        found = explain(model, IMAGES, methods="grad_cam", layers=layers if not isinstance(layers, nn.Sequential) else list(layers))
+        assert [one.layer for one in found] == ["0", "2"]
+        assert all(torch.equal(one.maps, right.maps) for one, right in zip(found, expected, strict=True))
+    assert explain(model, IMAGES, layers=model[2])[0].layer == "2"
+    compiled = torch.compile(model, backend="eager")
+    assert explain(compiled, IMAGES, layers=[model[2]])[0].layer == "2" == explain(nn.DataParallel(model), IMAGES,
+                                                                                  layers=[model[2]])[0].layer
+    vit = OfTokens(Attention)
+    rollout = explain(vit, IMAGES, methods="attention_rollout", layers=[vit.layers[1]])
+    assert [one.layer for one in rollout] == ["layers.1"]
+    for wrong in ([nn.Conv2d(3, 8, 3)], [model], [""], [0]):
+        with pytest.raises(InputError):
+            explain(model, IMAGES, layers=wrong)

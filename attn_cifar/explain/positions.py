@@ -97,6 +97,9 @@ def _orders(rows: int, columns: int) -> Tensor:
     orders = [raster, raster.flip(0), raster.flip(1), raster.flip(0, 1), raster.roll(rows // 2, 0), raster.roll(columns // 2, 1),
               raster.roll((rows // 2, columns // 2), (0, 1))]
     orders += [raster.mT] if rows == columns else []
+    mixed = [torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)]) for size in (rows, columns)]  # first every other one
+    orders += [raster[mixed[0]], raster[:, mixed[1]], raster[mixed[0]][:, mixed[1]]]
+    orders += [order.flatten().argsort().view(rows, columns) for order in orders[-3:]]  # to be put in order again
     for side in range(2, columns):
         if rows % side == 0 and columns % side == 0:
             windows = raster.view(rows // side, columns // side, side, side)
