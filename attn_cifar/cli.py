@@ -103,6 +103,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--layers": {"choices": ("last", "all"), "default": "last", "help": "of each method (default: last)"},
     "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside "
                                                                        "the first run)"},
+    "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help": "gpu: leave out parts that do not fit into this time; "
+                                                                           "the same command continues later (default: 6)"},
+    "--rehearse": {"action": "store_true", "help": "gpu: at reduced size, with or without a GPU"},
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "on this machine alone (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the picture (default: explanation.png); further files, "
                                                                       "FILE-2.png and so on, for more than five images"},
@@ -114,7 +117,7 @@ _POSITIONALS: dict[str, dict[str, Any]] = {
     "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; several: a page that compares them"},
     "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders, explanations or beyond"}}
+    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders, explanations, beyond or gpu"}}
 _SOURCE = "--data", "--image-size", "--skip-bad"  # the options that choose images
 
 # %% ../nbs/cli/cli.ipynb #cbe288d8
@@ -694,7 +697,8 @@ def _study(arguments: argparse.Namespace) -> None:
     "Run a measured comparison."
     from attn_cifar.studies.registry import run_study
 
-    run_study(arguments.name, data=arguments.data, out=arguments.out)
+    run_study(arguments.name, data=arguments.data, out=arguments.out, minutes=arguments.minutes,
+              rehearse=arguments.rehearse or None)
 
 # %% ../nbs/cli/cli.ipynb #9a3a5a66
 def _report(arguments: argparse.Namespace) -> _Result:
@@ -755,7 +759,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], _Result | None], tuple
     "app": (_app, ("model", "--port")),
     "report": (_report, ("--data", "--skip-bad", "--page", "--json", "runs")),
     "models": (_models, ("--json",)),
-    "study": (_study, ("--data", "--out", "name")),
+    "study": (_study, ("--data", "--out", "--minutes", "--rehearse", "name")),
 }
 
 # %% ../nbs/cli/cli.ipynb #1cbbfbc5
