@@ -58,17 +58,26 @@ _TITLES = {"grad_cam": "Evidence for the answer", "attention_rollout": "Where at
            "gradient_attention": "Attention that favors the answer", "attention": "Attention received"}
 _METHODS = {"grad_cam": "Grad-CAM", "attention_rollout": "attention rollout", "gradient_attention": "gradient × attention",
             "attention": "attention weights"}
-_VERDICTS = {"believable": "Tested: hiding the bright area hurts the answer more than hiding another one.",
-             "misleading": "Tested: hiding the bright area hurts the answer less than hiding another one. Do not trust this map.",
-             "indifferent": "A network with shuffled weights gives the same map. Do not trust it.",
-             "unproven": "One picture is not enough to tell whether this map can be trusted.",
-             "empty": "The map is empty: it says nothing about this picture."}
+_VERDICTS = {"believable": "hiding the bright area of such maps hurts the answer more than hiding another one",
+             "misleading": "hiding the bright area of such maps hurts the answer less than hiding another one: do not trust it",
+             "indifferent": "a network with shuffled weights gives the same maps: do not trust it",
+             "unproven": "hiding the bright area of such maps hurts the answer no more than chance would",
+             "empty": "such maps are mostly empty for this network"}
+
+
+def _judgment(
+    measured: Faithfulness | None,  # of the network, not of this picture
+) -> str:
+    "Say whether maps of this kind are faithful, and on how many test images that was measured."
+    if measured is None:
+        return "Whether such maps can be trusted was not measured for this network"
+    return f"Measured on {measured.images} test images: {_VERDICTS[measured.verdict]}"
 
 # %% ../nbs/cli/app.ipynb #049deb92
 def _explained(
     photograph: np.ndarray,  # uint8 (S, S, 3)
     explanation: Explanation,  # of this one picture
-    measured: Faithfulness,
+    measured: Faithfulness | None,  # of the network
 ) -> str:
     "Return a photograph under its explanation as HTML."
     from attn_cifar.visualization.plots import overlay
@@ -76,7 +85,7 @@ def _explained(
     heat = explanation.upsampled(photograph.shape[0])[0].numpy()
     laid = 255 * overlay(photograph / 255, heat, bool(explanation.empty[0])).clip(0, 1)
     return _figure(laid.round().astype(np.uint8), _TITLES[explanation.method],
-                   f"{_VERDICTS[measured.verdict]} ({_METHODS[explanation.method]})")
+                   f"{_judgment(measured)} ({_METHODS[explanation.method]}).")
 
 # %% ../nbs/cli/app.ipynb #134c2e15
 def _photograph(classifier: Classifier, path: str) -> np.ndarray:  # uint8 (S, S, 3)
@@ -145,13 +154,13 @@ def answer(
         pixels, images = classifier.read([path])
         photograph, (width, height) = _photograph(classifier, path), read_size(path)
         probabilities = classifier.predict(images)[0]
-        explanations, judged = explain_images(classifier, images)
+        explanations, measured = explain_images(classifier, images)
     except InputError as error:
         return None, "", str(error).replace(str(path), Path(path).name)
     size = f"{classifier.image_size}×{classifier.image_size} pixels" + ", the square in the middle" * (width != height)
     figures = [_figure(_whole(photograph, path), "Your picture", f"{width}×{height} pixels"),
                _figure(pixels[0], "What the network sees", size)]
-    figures += [_explained(photograph, *pair) for pair in zip(explanations, judged, strict=True)]
+    figures += [_explained(photograph, *pair) for pair in zip(explanations, measured, strict=True)]
     words = [_sentence(classifier, probabilities), _reason(classifier, images, explanations[0])]
     with open_image(path) as picture:
         words += ["Of its several frames, this is the first."] if getattr(picture, "is_animated", False) else []

@@ -599,7 +599,7 @@ _COLUMNS = 5  # images side by side in one picture
 
 
 def _explain(arguments: argparse.Namespace) -> _Result:
-    "Draw what a model's predictions for image files rest on, and say whether it can be believed."
+    "Draw which parts of image files a model's predictions depend on, and print whether such maps are faithful."
     from dataclasses import asdict
 
     from attn_cifar.predict import explain_images, load_classifier
@@ -612,14 +612,15 @@ def _explain(arguments: argparse.Namespace) -> _Result:
     classifier = load_classifier(arguments.model)
     _progress.info("reading images")
     images = classifier.read(arguments.images)[1]
-    _progress.info(f"explaining {len(images)} image{'s' * (len(images) > 1)} and testing the maps")
-    explanations, judged = explain_images(classifier, images, arguments.layers == "all")
+    _progress.info(f"explaining {len(images)} image{'s' * (len(images) > 1)}")
+    explanations, measured = explain_images(classifier, images, arguments.layers == "all")
     _progress.info("drawing")
-    _draw_explanations(pages, arguments.images, classifier, images, explanations, [measured.verdict for measured in judged])
+    _draw_explanations(pages, arguments.images, classifier, images, explanations, measured)
     classes = [classifier.class_names[int(target)] for target in explanations[0].targets]
     value = {"files": [str(page) for page in pages], "classes": list(zip(arguments.images, classes, strict=True)),
-             "maps": [{**asdict(measured), "verdict": measured.verdict} for measured in judged]}
-    return _Result(value, _explanation_lines(value, explanations[0].probabilities.tolist(), judged))
+             "maps": [{"method": explanation.method, "layer": explanation.layer, "verdict": None} if found is None else
+                      {**asdict(found), "verdict": found.verdict} for explanation, found in zip(explanations, measured, strict=True)]}
+    return _Result(value, _explanation_lines(value, explanations[0].probabilities.tolist(), measured))
 
 
 def _pages(out: Path, images: int) -> list[Path]:
@@ -633,7 +634,7 @@ def _draw_explanations(
     classifier: "Classifier",
     images: "Tensor",  # float (B, 3, H, W), normalized
     explanations: Sequence[Any],  # as `explain` returns them
-    verdicts: list[str],  # one per explanation
+    measured: "Sequence[Faithfulness | None]",  # one per explanation
 ) -> None:
     "Draw explanations over the photographs, five per file, with the network's input small in the corner."
     from dataclasses import replace
@@ -641,6 +642,7 @@ def _draw_explanations(
     from attn_cifar.predict import read_photographs
     from attn_cifar.visualization.plots import plot_explanations
 
+    verdicts = ["not measured" if found is None else found.verdict for found in measured] if any(measured) else None
     for number, page in enumerate(pages):
         part = slice(number * _COLUMNS, (number + 1) * _COLUMNS)
         shown = [replace(explanation, **{name: getattr(explanation, name)[part] for name in ("maps", "targets", "probabilities")})
@@ -671,18 +673,20 @@ def _add_inputs(
 def _explanation_lines(
     value: dict[str, Any],
     probabilities: Sequence[float],  # of the explained classes, one per image
-    judged: "Sequence[Faithfulness]",  # one per map
+    measured: "Sequence[Faithfulness | None]",  # one per map
 ) -> Iterator[str]:
-    "Describe explanations: the classes, whether the maps can be believed, and the files."
+    "Describe explanations: the classes, whether such maps are faithful, and the files."
     for (name, label), probability in zip(value["classes"], probabilities, strict=True):
         yield f"{name}: {label} {probability:.1%}"
-    count = len(value["classes"])
-    few = ": few to tell a map from chance" if count < 10 else ""
-    yield f"can the maps be believed? measured on {count} image{'s' * (count > 1)}{few}"
-    for measured in judged:
-        yield (f"  {measured.method} in {measured.layer}: {measured.verdict} (deletion {measured.deletion:.3f}, insertion "
-               f"{measured.insertion:.3f}, gain {measured.gain:+.3f} ± {measured.error:.3f}, likeness to shuffled weights "
-               f"{measured.resemblance:+.2f})")
+    known = [found for found in measured if found is not None]
+    if known:
+        yield f"can such maps be believed? measured for this network on {max(found.images for found in known)} test images"
+    else:
+        yield "whether such maps can be believed has not been measured for this network: attn-cifar report RUN measures it"
+    for found in known:
+        yield (f"  {found.method} in {found.layer}: {found.verdict} (deletion {found.deletion:.3f}, insertion "
+               f"{found.insertion:.3f}, gain {found.gain:+.3f} ± {found.error:.3f}, likeness to shuffled weights "
+               f"{found.resemblance:+.2f})")
     yield from value["files"]
 
 # %% ../nbs/cli/cli.ipynb #287de7a4
@@ -719,12 +723,9 @@ def _report(arguments: argparse.Namespace) -> _Result:
 # %% ../nbs/cli/cli.ipynb #32cb10bf
 def _compare(arguments: argparse.Namespace) -> _Result:
     "Write a page that compares several runs."
-    from attn_cifar import report
+    from attn_cifar.report import make_comparison
     from attn_cifar.training.runs import load_run
 
-    make_comparison: Any = getattr(report, "make_comparison", None)
-    if make_comparison is None:
-        raise InputError("this version writes the report of one run at a time")
     if arguments.out is not None:
         _refuse_file(Path(arguments.out), [str(Path(run, "report.html")) for run in arguments.runs], (".html",))
     runs = [load_run(run) for run in arguments.runs]

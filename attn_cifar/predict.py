@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .core import InputError
 from .data.folders import open_image, read_image
 from .data.images import normalize
-from .explain.faithfulness import Faithfulness, check_explanations
+from .explain.faithfulness import Faithfulness, find_faithfulness, read_faithfulness
 from .explain.maps import Explanation, explain
 from .files import read_csv
 from .models.registry import find_pretrained, load_pretrained
@@ -37,6 +37,7 @@ class Classifier:
     std: tuple[float, ...]
     image_size: int  # height and width in pixels
     confusion: Tensor | None = field(default=None, compare=False, repr=False)  # int64 (C, C): test images by true and given class
+    faithfulness: Sequence[Faithfulness] = field(default=(), compare=False, repr=False)  # of its explanations; empty: not measured
 
     def read(
         self,
@@ -64,7 +65,7 @@ def load_classifier(
     is_run, shipped = Path(name, "config.json").exists(), find_pretrained(str(name))
     if not is_run and not shipped and not Path(name).exists():
         raise InputError(f"{name} is neither a run folder nor a model that comes with weights, such as attn_tiny")
-    confusion = None
+    confusion, folder = None, Path(name) if is_run or not shipped else shipped
     if is_run or not shipped:
         run = load_run(name, model)
         if run.model is None:
@@ -79,7 +80,8 @@ def load_classifier(
     if not isinstance(config["data"]["image_size"], int):
         raise InputError(
             f"{name} was trained on images that are not square: call its model in Python, load_run({str(name)!r}).model")
-    return Classifier(config["model"], model, class_names, mean, std, config["data"]["image_size"], confusion)
+    return Classifier(config["model"], model, class_names, mean, std, config["data"]["image_size"], confusion,
+                      read_faithfulness(folder))
 
 # %% ../nbs/09_your_own_images.ipynb #2bb48f2f
 def share_right(
@@ -124,9 +126,9 @@ def explain_images(
     classifier: Classifier,
     images: Tensor,  # float (B, 3, H, W), normalized
     every_layer: bool = False,  # False: the last one of each method
-) -> tuple[list[Explanation], list[Faithfulness]]:  # one each per method and layer
-    "Explain the predicted classes by every method that the network allows, and measure the maps."
+) -> tuple[list[Explanation], list[Faithfulness | None]]:  # one each per method and layer; None: not measured for this network
+    "Explain the predicted classes by every method that the network allows, and look up whether such maps are faithful."
     explanations = explain(classifier.model, images)
     if not every_layer:
         explanations = list({explanation.method: explanation for explanation in explanations}.values())
-    return explanations, check_explanations(classifier.model, images, explanations)
+    return explanations, [find_faithfulness(classifier.faithfulness, explanation) for explanation in explanations]

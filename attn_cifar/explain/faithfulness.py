@@ -8,10 +8,11 @@ __all__ = ['LEAST', 'FILE_NAME', 'blurred', 'score_maps', 'shuffled_weights', 'r
 
 # %% ../../nbs/explain/faithfulness.ipynb #011c22ef
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..data.images import ImageData, normalize
 from .maps import (
     PORTION, Explanation, class_scores, explain, explain_planned, plan_explanations, prepare_images)
 from .watch import undisturbed
-from ..files import write_text
+from ..files import open_file, write_text
 from ..models.inspection import unwrap
 
 # %% ../../nbs/explain/faithfulness.ipynb #7d8825a4
@@ -268,8 +269,9 @@ def measure_faithfulness(
     methods: str | Sequence[str] | None = None,  # as in `explain`
     layers: str | Sequence[str] | Mapping[str, Sequence[str]] | None = None,  # as in `explain`
     seed: int = 0,
+    steps: int = 8,  # as in `score_maps`
 ) -> list[Faithfulness]:
-    """Measure once how faithful each method and layer is for a network; takes about a minute. Raises `InputError`. Example:
+    """Measure how faithful each method and layer is for a network, in thousands of forward passes. Raises `InputError`. Example:
 
         write_faithfulness("runs/tiny", measure_faithfulness(run.model, data))
         for check in read_faithfulness("runs/tiny"):
@@ -285,10 +287,20 @@ def measure_faithfulness(
         rank[members] = np.arange(len(members))
     chosen = np.sort(order[np.argsort(rank[order], kind="stable")][:images])
     pixels = normalize(torch.from_numpy(np.array(data.test_images[chosen])), data.mean, data.std)
-    return check_explanations(model, pixels, explain(model, pixels, None, methods, layers), seed=seed)
+    return check_explanations(model, pixels, explain(model, pixels, None, methods, layers), steps=steps, seed=seed)
 
 # %% ../../nbs/explain/faithfulness.ipynb #a68ab66b
 FILE_NAME = "faithfulness.json"
+_WEIGHTS = "model.safetensors", "weights.safetensors"  # of a run, and of a shipped model
+
+
+def _weights_digest(folder: str | Path) -> str | None:
+    "Return a checksum of the weights in a folder, None if it holds none."
+    for name in _WEIGHTS:
+        if Path(folder, name).is_file():
+            with open_file(Path(folder, name), "rb", links=True) as file:
+                return hashlib.sha256(file.read()).hexdigest()
+    return None
 
 
 def write_faithfulness(
@@ -299,22 +311,27 @@ def write_faithfulness(
     rows = [{"method": check.method, "layer": check.layer, "verdict": check.verdict}
             | {name: round(value, 4) if math.isfinite(value) else None for name, value in asdict(check).items()
                if not isinstance(value, str)} for check in checks]
-    write_text(Path(folder, FILE_NAME), json.dumps(rows, indent=1) + "\n")
+    value = {"weights": _weights_digest(folder), "checks": rows}
+    write_text(Path(folder, FILE_NAME), json.dumps(value, indent=1) + "\n")
 
-
+# %% ../../nbs/explain/faithfulness.ipynb #c6f038c3
 def read_faithfulness(
     folder: str | Path,  # a run folder, or that of a shipped model
 ) -> list[Faithfulness]:
-    "Read the measurement stored with a network; empty if there is none. Raises `InputError` for a damaged file."
+    "Read the measurement of a network; empty if its present weights were never measured. Raises `InputError` for a damaged file."
     path = Path(folder, FILE_NAME)
     if not path.is_file():
         return []
     try:
-        rows: list[dict[str, Any]] = [
-            {name: math.nan if value is None else value for name, value in row.items() if name != "verdict"}
-            for row in json.loads(path.read_text(encoding="utf-8"))]
-        return [Faithfulness(**row) for row in rows]
-    except (AttributeError, OSError, TypeError, ValueError) as error:
+        with open_file(path) as file:
+            stored = json.load(file)
+        checks = [Faithfulness(**{name: math.nan if value is None else value for name, value in row.items() if name != "verdict"})
+                  for row in stored["checks"]]
+        if any(not isinstance(getattr(check, entry.name), str if entry.type == "str" else int | float)
+               for check in checks for entry in fields(Faithfulness)):
+            raise ValueError("a value of another type")
+        return checks if stored["weights"] == _weights_digest(folder) else []
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged or was not written by this package ({error})") from error
 
 

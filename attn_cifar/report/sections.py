@@ -20,12 +20,12 @@ from ..core import InputError
 from ..data.augmentation import Augmentation
 from ..data.batches import Batches
 from ..data.images import ImageData, unnormalize
-from ..explain.faithfulness import Faithfulness, check_explanations
+from ..explain.faithfulness import Faithfulness, write_faithfulness
 from ..explain.maps import METHOD_NAMES, METHODS, Explanation
 from ..files import write_text
 from ..models.inspection import count_macs, height_and_width
 from .chart import MAX_MATRIX, Chart, Matrix
-from .figures import SHOWN, RunResults, log_figures, need_own_folder, save_figures
+from .figures import RunResults, log_figures, need_own_folder, save_figures
 from .page import Picture, Score, Section, Table, embed_image, percent, render_page
 from .reproduce import remake_command, remake_python
 from .verdicts import accuracy_interval, most_common, verdicts
@@ -329,7 +329,7 @@ def _overlays(explanation: Explanation, pictures: Sequence[np.ndarray], names: l
 def _shown_pictures(results: RunResults) -> list[np.ndarray]:  # uint8 (H, W, 3) each
     "Return the photographs behind the explained images; the network's input where there is none."
     return [np.array(results.data.test_images[index]) if photograph is None else photograph
-            for index, photograph in zip(results.explained[:SHOWN], results.photographs, strict=True)]
+            for index, photograph in zip(results.explained, results.photographs, strict=True)]
 
 # %% ../../nbs/report/sections.ipynb #fee8e28b
 def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
@@ -337,7 +337,7 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     data, evaluation = results.data, results.predictions
     results.run.need_model()
     strip, inputs = [], []
-    for index, picture in zip(results.explained[:SHOWN], _shown_pictures(results), strict=True):
+    for index, picture in zip(results.explained, _shown_pictures(results), strict=True):
         true, guess = data.class_names[int(data.test_labels[index])], data.class_names[int(evaluation.predictions[index])]
         sure = f"{whole_percent(float(evaluation.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
         strip.append(embed_image(picture, f"test image {index}, {true}", (
@@ -353,25 +353,25 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     return Section("explanations", "What the network looks at", text, strips=strips)
 
 # %% ../../nbs/report/sections.ipynb #0f96b2ee
-def _faithfulness_table(checks: list[Faithfulness], images: int) -> Table:
+def _faithfulness_table(checks: list[Faithfulness]) -> Table:
     "List the verdict of each layer with the numbers behind it."
     rows = [(check.layer, check.verdict, f"{check.gain:+.3f} ± {check.error:.3f}", f"{check.deletion:.2f}",
              f"{check.insertion:.2f}", f"{check.resemblance:+.2f}") for check in checks]
     head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Likeness to shuffled weights"
-    return Table(head, rows, f"Can they be believed? Measured on {images} images", folded=True)
+    return Table(head, rows, f"Can they be believed? Measured on {checks[0].images} test images", folded=True)
 
 # %% ../../nbs/report/sections.ipynb #5666c3e9
 def _explanations(results: RunResults, pictures: Mapping[str, Picture], method: str) -> Section:
     "Show the maps of one method over the explained images, and whether they can be believed."
     data, shown, maps = results.data, _shown_pictures(results), results.maps(method)
-    checks = check_explanations(results.run.need_model(), results.images, maps, steps=4)
+    checks = results.checks(method)
     names = [data.class_names[int(target)] for target in maps[0].targets[:len(shown)]]
     strips = [(f"{explanation.layer}: {check.verdict}", _overlays(explanation, shown, names))
               for explanation, check in zip(maps, checks, strict=True)]
     words, name = dict.fromkeys(check.verdict for check in checks), METHOD_NAMES[method]
     text = _METHOD_TEXTS[method] + "".join(f" {word.capitalize()}: {_VERDICT_TEXTS[word]}." for word in words)
     return Section(method.replace("_", "-"), name[0].upper() + name[1:], text, strips=strips,
-                   tables=[_faithfulness_table(checks, len(results.explained))])
+                   tables=[_faithfulness_table(checks)])
 
 # %% ../../nbs/report/sections.ipynb #6ea400f2
 _Maker = Callable[[RunResults, Mapping[str, Picture]], Section]
@@ -439,7 +439,7 @@ def make_report(
     run: Run | str | os.PathLike,  # a run that was stored, or its folder
     data: ImageData,  # the images it was trained and tested on
 ) -> Path:
-    "Write `figures/*.png` and `report.html` into the run folder; return the page's path. Raises `InputError`."
+    "Write `figures/*.png`, `faithfulness.json` and `report.html` into the run folder; return the page's path. Raises `InputError`."
     run = run if isinstance(run, Run) else load_run(run)
     check_data(run, data)
     folder, results = run.need_folder(), RunResults(run, data)
@@ -449,6 +449,8 @@ def make_report(
         footer = f"Made by attn_cifar {run.config['machine'].get('attn_cifar', '')} from the run folder {folder.name}."
         footer += f" Left out: {'; '.join(missing)}." if missing else ""
         title = f"{run.config['model']} on {run.config['data']['name']}"
+        if measured := results.measured:
+            write_faithfulness(folder, measured)
         write_text(folder / "report.html", render_page(title, f"Training report of the run {folder.name}", sections, footer))
         log_figures(folder, len(run.history))
     except OSError as error:
