@@ -28,8 +28,8 @@ def probe_images(
     images = image.detach().nan_to_num(0, 0, 0).repeat(1 + len(PATCHES), 1, 1, 1)
     strength = images[0].float().std().clamp(min=1).to(image)
     for row, column in enumerate(PATCHES):
-        top, left = row * height // 8, column * width // 8
-        rows, columns = (slice(start, start + max(size // 8, 1)) for start, size in ((top, height), (left, width)))
+        rows, columns = (slice(max(place * size // 8 - size // 40, 0), place * size // 8 + max(size // 8, 1) + size // 40)
+                         for place, size in ((row, height), (column, width)))
         images[1 + row, :, rows, columns] = noise[0, :, rows, columns] * strength
     return images
 
@@ -82,25 +82,45 @@ def _covered(size: Sequence[int]) -> Tensor:
     return F.interpolate(fine[None], [8 * n for n in size])[0].unflatten(2, (size[1], 8)).unflatten(1, (size[0], 8)).mean((2, 4))
 
 
-def _agrees(changes: Tensor, needed: float = 0.75) -> tuple[bool, float]:
-    "Report whether each patch changes its own place, `changes` (8, rows, columns), and the share of the change that lies there."
-    rows, columns = ((torch.tensor(places) + 0.5) / 8 for places in (range(8), PATCHES))
-    changes = changes / changes.mean((1, 2), keepdim=True).clamp(min=torch.finfo(changes.dtype).tiny)
-    size = min(8, changes.shape[1]), min(8, changes.shape[2])
-    cells = F.adaptive_avg_pool2d(changes[None], size)[0]
-    share = float((cells * _covered(size)).sum() / 8)
+def _surroundings(size: Sequence[int]) -> Tensor:
+    "Return the weight of each cell of a grid in each patch's place, (8, rows, columns); the sum over a place is 1."
+    places = _covered(size)
     if min(size) >= 4:
-        if min(size) >= 6:
-            cells = F.avg_pool2d(cells, 3, 1, 1, count_include_pad=False)
-        at = cells[:, (rows * size[0]).long(), (columns * size[1]).long()]  # (patch that changes, place)
-        largest, winner = at.max(0)
-        changed = largest > 0.05 * largest.max()
-        apart = torch.maximum((rows[winner] - rows).abs() * size[0], (columns[winner] - columns).abs() * size[1])
-        return int(changed.sum()) >= 3 and int((changed & (apart <= 1)).sum()) >= needed * int(changed.sum()), share
-    centers = [(torch.arange(n) + 0.5) / n for n in size]
-    near = -torch.hypot(rows[:, None, None] - centers[0][:, None], columns[:, None, None] - centers[1])
-    a, b = (x - x.mean(0) - x.mean((1, 2), keepdim=True) + x.mean() for x in (cells.clamp(min=1e-3).log(), near))
-    return float((a * b).sum()) > 0, share
+        kernel = torch.tensor([1.0, 2.0, 1.0])
+        places = F.conv2d(places[:, None], (kernel[:, None] * kernel)[None, None], padding=1)[:, 0]
+    return places / places.sum((1, 2), keepdim=True)
+
+
+def _orders(rows: int, columns: int) -> Tensor:
+    "Return the raster order of a grid and the orders that are mistaken for it, int64 (orders, rows, columns)."
+    raster = torch.arange(rows * columns).view(rows, columns)
+    orders = [raster, raster.flip(0), raster.flip(1), raster.flip(0, 1), raster.roll(rows // 2, 0), raster.roll(columns // 2, 1),
+              raster.roll((rows // 2, columns // 2), (0, 1))]
+    orders += [raster.mT] if rows == columns else []
+    mixed = [torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)]) for size in (rows, columns)]  # first every other one
+    orders += [raster[mixed[0]], raster[:, mixed[1]], raster[mixed[0]][:, mixed[1]]]
+    orders += [order.flatten().argsort().view(rows, columns) for order in orders[-3:]]  # to be put in order again
+    for side in range(2, columns):
+        if rows % side == 0 and columns % side == 0:
+            windows = raster.view(rows // side, columns // side, side, side)
+            orders.append(windows.transpose(1, 2).reshape(rows, columns))
+    return torch.stack(orders)
+
+# %% ../../nbs/explain/positions.ipynb #e30b901c
+def _agrees(changes: Tensor, needed: float = 3.0) -> tuple[bool, float]:
+    "Report whether each patch changes its own place, `changes` (8, rows, columns), and by how much more than other places, in nats."
+    changes = changes / changes.mean((1, 2), keepdim=True).clamp(min=torch.finfo(changes.dtype).tiny)
+    excess = (changes + 0.01).log()
+    excess = excess - excess.mean(0) - excess.mean((1, 2), keepdim=True) + excess.mean()
+    size, places = excess.shape[1:], _surroundings(excess.shape[1:])
+    ordered = excess.flatten(1)[:, _orders(*size)]
+    scores = torch.einsum("porc,prc->o", ordered, places) / len(places)
+    at = torch.einsum("prc,qrc->pq", excess, places)  # (patch that changes, place)
+    at = at - at.mean(0) - at.mean(1, keepdim=True) + at.mean()
+    spread = at.square().sum().sqrt() / (len(at) - 1) ** 0.5  # of the sum over a random assignment of patches to places
+    certain = float(at.trace()) > (needed if min(size) >= 4 else 1.5) * float(spread)
+    strongest = min(size) < 4 or int((at.argmax(0) == torch.arange(len(at))).sum()) >= len(at) // 2
+    return certain and strongest and bool(scores[0] >= scores.max()), float(scores[0])
 
 # %% ../../nbs/explain/positions.ipynb #428a540f
 def locate(
@@ -108,21 +128,21 @@ def locate(
     maps: Sequence[tuple[int, int]] = (),  # rows and columns of feature maps, which tokens may have, too
     aspect: float = 1.0,  # height of the image / its width
     token_axis: int | None = None,  # the axis of the tokens, if known
-    needed: float = 0.75,  # share of the places that must be right
+    needed: float = 3.0,  # standard deviations above chance
 ) -> Layout | None:
     "Return the layout in which each patch of the image changes its own place; None if there is none."
-    best, largest = None, 0.0
+    best, largest = None, 0.0  # the score of a reading that agrees is positive
     for layout in _layouts(output, 1 + len(PATCHES), maps, aspect, token_axis):
         rows, columns = layout.grid
         unusual = rows != round(columns * aspect) if layout.first is None else token_axis is None and output.dim() == 4
         if unusual and min(rows, columns) < 4:
             continue  # the test would be too weak
         arranged = layout.arrange(output.detach()).float()
-        agrees, share = _agrees((arranged[1:] - arranged[:1]).abs().mean(1).nan_to_num(0, 0, 0).cpu(), needed)
+        agrees, score = _agrees((arranged[1:] - arranged[:1]).abs().mean(1).nan_to_num(0, 0, 0).cpu(), needed)
         if agrees and layout.first is None:
             return layout
-        if agrees and share > 1.01 * largest:
-            best, largest = layout, share
+        if agrees and score > 1.01 * largest:
+            best, largest = layout, score
     return best
 
 # %% ../../nbs/explain/positions.ipynb #d82380a8
@@ -148,7 +168,7 @@ def _locate_attention(attention: Attention, found: Probe, maps: Sequence[tuple[i
     layout, read = locate(values, maps, aspect, values.dim() - 2), found.layouts.get(attention.reads or "")
     if layout is not None or read is None or found.shapes[attention.reads or ""][1] != values.shape[-2]:
         return layout
-    layout = locate(values, maps, aspect, values.dim() - 2, needed=0.5)
+    layout = locate(values, maps, aspect, values.dim() - 2, needed=2.0)
     return layout if layout is not None and (layout.grid, layout.first) == (read.grid, read.first) else None
 
 # %% ../../nbs/explain/positions.ipynb #612585fa

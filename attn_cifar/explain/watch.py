@@ -139,7 +139,7 @@ class _WeightedSums(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward and kwargs.get("need_weights", True):
             return self._multi_head(func, args, kwargs)
-        result, name = func(*args, **kwargs), getattr(func, "__name__", "")
+        result, name = func(*args, **kwargs), getattr(func, "__name__", "").removeprefix("special_")
         if not isinstance(result, Tensor):
             return result
         if name == "softmax":
