@@ -255,8 +255,8 @@ def use(what: str, run: Path, place: Path) -> str:
     if what == "load":
         return outcome(lambda: load_classifier(run))
     if what == "resume":
-        return outcome(lambda: fit(create_model("basic_attn", 2), load_data(photos), out=run, epochs=1, batch_size=4, compile=False,
-                                   device="cpu", precision="float32", verbose=False, resume=True))
+        return outcome(lambda: fit(create_model("basic_attn", 2), load_data(photos), out=run, resume=True, epochs=1, batch_size=4,
+                                   device="cpu", precision="float32", compile=False, verbose=False))
     words = {"predict": ["predict", str(run), image], "evaluate": ["evaluate", str(run), "--data", photos],
              "explain": ["explain", str(run), image, "-o", str(run / "why.png")],
              "compare": ["report", str(place / "run"), str(run), "--data", photos, "-o", str(run / "page.html")],
