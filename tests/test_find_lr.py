@@ -892,7 +892,8 @@ BAD = {
     "high": [float("inf"), {}, 0.001], "lrs": [None, "x", [float("nan")] * 12, [-1.0] * 12, [1, "2"], [[1.0]] * 12, [True] * 12],
     "losses": [None, ["1"] * 12, {}], "points": [{"minimum": float("nan")}, {"minimum": "0.1"}, [], {"minimum": True}],
     "trials": [[[0.1]], [[float("nan"), 1.0]], ["ab"], [[-0.1, 1.0]], 3, [["0.1", 1.0]]], "longer": [[[0.1, "x"]], {"a": 1}],
-    "reason": [3, ["a"]], "doubt": [1.5, True], "band": [[1.0], "x"], "validation": [[1.0], "x"], "smoothed": [[1.0] * 20, None],
+    "reason": [3, ["a"]], "doubt": [1.5, True], "run": [3, ["a"]],
+    "band": [[1.0], "x"], "validation": [[1.0], "x"], "smoothed": [[1.0] * 20, None],
     "unknown": [1]}
 
 
@@ -955,3 +956,25 @@ def test_accelerate():
             losses.append(loss.detach())
         results.append([*losses, *(p.detach().clone() for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"batch_size": 8}, {"labels": True}])
+def test_a_range_test_of_another_run_is_refused(tmp_path, changes):
+    """A run that was stopped between its range test and its first epoch leaves lr_find.json alone."""
+    import dataclasses
+
+    from attn_cifar.data import load_data
+    from attn_cifar.lr_finder.finder import _digest, _load_own
+    from attn_cifar.models import create_model
+    from attn_cifar.training.recipes import choose_recipe
+
+    data, model = load_data("shapes").subset(40, 20), create_model("basic_attn")
+    recipe = choose_recipe(model, "plain", {"batch_size": 10, "epochs": 2})
+    LRRangeTest(np.geomspace(1e-6, 1, 12), np.ones(12), np.ones(12), 0.01, run=_digest(model, data, recipe, 0)).save(
+        tmp_path / "lr_find.json")
+    longer = dataclasses.replace(recipe, epochs=9, max_lr=0.5)
+    assert _load_own(tmp_path / "lr_find.json", _digest(model, data, longer, 0)).suggestion == 0.01
+    other = dataclasses.replace(data, train_labels=data.train_labels[::-1].copy()) if changes.pop("labels", False) else data
+    seed = changes.pop("seed", 0)
+    with pytest.raises(InputError, match="another model, recipe, seed or data"):
+        _load_own(tmp_path / "lr_find.json", _digest(model, other, dataclasses.replace(recipe, **changes), seed))

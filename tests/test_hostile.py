@@ -11,7 +11,7 @@ import sys
 import tarfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +26,14 @@ from attn_cifar.core import InputError
 from attn_cifar.data import Batches, cache_folder, load_data, read_image
 from attn_cifar.lr_finder import LRRangeTest
 from attn_cifar.models import create_model
+from attn_cifar.predict import load_classifier
 from attn_cifar.files import read_tensors, write_tensors
 from attn_cifar.training import TrainingState
 from attn_cifar.training import fit, load_run
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = {"image": 120, "archive": 20, "checkpoint": 60, "tree": 40, "configuration": 60, "command": 60}
+EXAMPLES = {"image": 100, "archive": 15, "checkpoint": 45, "tree": 40, "configuration": 60, "edited": 40, "planted": 30,
+            "command": 30}
 LONGEST = 10  # seconds that one input may take
 
 
@@ -82,7 +84,8 @@ def place(tmp_path_factory) -> Path:
             Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(folder / "photos" / name / f"{i}.png")
     fit(create_model("basic_attn", 2), load_data(folder / "photos"), out=folder / "run", epochs=1, batch_size=4, device="cpu",
         precision="float32", compile=False, verbose=False)
-    assert main(["find-lr", "--data", str(folder / "photos"), "--batch-size", "4", "--json"]) == 0
+    LRRangeTest(np.geomspace(1e-6, 1, 12), np.ones(12), np.ones(12), 0.01, trials=[(0.01, 1.0)]).save(
+        folder / "run" / "lr_find.json")
     return folder
 
 
@@ -240,6 +243,79 @@ def configuration(data, place: Path) -> str:
         shutil.rmtree(run)
 
 
+RUN_FILES = ("config.json", "metrics.csv", "timing.csv", "steps.csv", "lr_find.json", "model.safetensors",
+             "evaluation.safetensors", "checkpoint/state.safetensors")
+USES = ["load", "predict", "evaluate", "compare", "resume"]
+SLOW_USES = ["explain", "report", "train"]  # half a second and more
+
+
+def use(what: str, run: Path, place: Path) -> str:
+    """Use a run folder as a command would; a refusal is one line."""
+    photos, image, lines = str(place / "photos"), str(place / "photos" / "cat" / "0.png"), io.StringIO()
+    if what == "load":
+        return outcome(lambda: load_classifier(run))
+    if what == "resume":
+        return outcome(lambda: fit(create_model("basic_attn", 2), load_data(photos), out=run, resume=True, epochs=1, batch_size=4,
+                                   device="cpu", precision="float32", compile=False, verbose=False))
+    words = {"predict": ["predict", str(run), image], "evaluate": ["evaluate", str(run), "--data", photos],
+             "explain": ["explain", str(run), image, "-o", str(run / "why.png")],
+             "compare": ["report", str(place / "run"), str(run), "--data", photos, "-o", str(run / "page.html")],
+             "report": ["report", str(run), "--data", photos],
+             "train": ["train", "--resume", "--out", str(run), "--data", photos, "--device", "cpu", "--epochs", "2"]}[what]
+    with in_time(), redirect_stderr(lines), redirect_stdout(io.StringIO()) as printed:
+        code = main([*words, "--json"])
+    assert code in (0, 1, 2)
+    if code:
+        last = [line for line in lines.getvalue().splitlines() if not line.startswith("attn-cifar: note:")]
+        assert len(last) == 1 and len(last[0]) < 2000, last
+    else:
+        json.loads(printed.getvalue(), parse_constant=pytest.fail)
+    return "refused" if code else "answered"
+
+
+def edited(data, place: Path) -> str:
+    """A run one of whose files has another content of the right form, with a checksum that fits."""
+    name, run = data.draw(st.sampled_from(RUN_FILES)), place / "changed"
+    shutil.copytree(place / "run", run)
+    try:
+        if name.endswith("safetensors"):
+            try:
+                write_tensors(run / name, replaced(data, read_tensors(run / name)))
+            except (TypeError, UnicodeError):
+                return "cannot be written"
+        elif name.endswith("json"):
+            (run / name).write_text(json.dumps(replaced(data, json.loads((run / name).read_text()))))
+        else:
+            lines = (run / name).read_text().splitlines()
+            row = data.draw(st.integers(0, len(lines) - 1))
+            cells = lines[row].split(",")
+            cells[data.draw(st.integers(0, len(cells) - 1))] = data.draw(st.sampled_from(
+                ("nan", "inf", "-1", "1e999", "1e308", "", "x", '"', "1_0", "\0", "9" * 5000)))
+            lines[row] = ",".join(cells)
+            (run / name).write_text("\n".join(lines))
+        return use(data.draw(st.sampled_from(USES)), run, place)
+    finally:
+        shutil.rmtree(run)
+
+
+def planted(data, place: Path) -> str:
+    """A run with a link, a pipe, a folder or nothing in the place of a file or folder: nothing is followed out of it."""
+    run = place / "changed"
+    shutil.copytree(place / "run", run)
+    path = run / data.draw(st.sampled_from((*RUN_FILES, ".lock", "report.html", "checkpoint", "figures", "tensorboard")))
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    letter = place / "bystander" / "letter.txt"
+    kinds = {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "nothing": lambda: None,
+             "device": lambda: path.symlink_to("/dev/zero"),
+             "file": lambda: path.symlink_to(letter), "elsewhere": lambda: path.symlink_to(letter.parent),
+             "gone": lambda: path.symlink_to("gone"), "loop": lambda: path.symlink_to(path.name), "whole": path.touch}
+    try:
+        kinds[data.draw(st.sampled_from(sorted(kinds)))]()
+        return use(data.draw(st.sampled_from(USES)), run, place)
+    finally:
+        shutil.rmtree(run)
+
+
 WORDS = ("", "-", "--", "-1", "0", "1", "1e309", "nan", "inf", "auto", "x" * 5000, "../..", "~nobody/x", "/dev/null", "/dev/zero",
          "é", "\u202e", "\ud800", "$(id)", "%s", "{}", "shapes", "cifar11", "spatial_attn", "basic_attn", "plain", "upstream",
          "cpu", "cuda", "attn_tiny", "--from", "--help", "--version", "--data", "--model", "--epochs", "--out", "--seed",
@@ -302,7 +378,8 @@ def test_hostile_input(kind, place, elsewhere):
 
 
 @pytest.mark.long
-def test_much_hostile_input(place, elsewhere):
+def test_much_hostile_input(place, elsewhere, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "USES", USES + SLOW_USES)
     seen = {kind: fuzz(kind, 10 * examples, place) for kind, examples in EXAMPLES.items()}
     (ROOT / "nbs" / "studies" / "results" / "fuzz.json").write_text(json.dumps(seen, indent=1) + "\n")
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from attn_cifar.cli import main
 from attn_cifar.core import InputError
+from attn_cifar.data import load_data
 from attn_cifar.files import read_tensors
-from attn_cifar.training import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
@@ -64,15 +65,22 @@ def test_a_signal_saves_first(tmp_path, number, code):
     assert stored["notes"]["history"] == [] and len(stored["state"]["totals"]["sizes"]) >= 1
 
 
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(tmp_path):
-    subprocess.run(command(tmp_path / "run", "--json"), check=True, capture_output=True)
-    before = load_run(tmp_path / "run").history
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(tmp_path, monkeypatch, capsys):
+    """The command trains a small network on a few images, without a report."""
+    monkeypatch.setattr("attn_cifar.report.sections.make_report", lambda run, data: Path(run, "report.html"))
+    monkeypatch.setattr("attn_cifar.data.sources.load_data", lambda *_, **__: load_data("shapes").subset(40, 20))
+    words = command(tmp_path / "run", "--model", "basic_attn")[3:]
+    assert main([*words, "--json"]) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     checkpoint = tmp_path / "run" / "checkpoint" / "state.safetensors"
-    content = bytearray(checkpoint.read_bytes())
+    content = bytearray(before[checkpoint])
     content[-50] ^= 1
     checkpoint.write_bytes(content)
-    done = subprocess.run(command(tmp_path / "run", "--resume"), capture_output=True, text=True)
-    assert done.returncode == 2 and "damaged" in done.stderr and len(done.stderr.splitlines()) == 1
-    assert load_run(tmp_path / "run").history == before
+    assert main([*words, "--resume"]) == 2
+    errors = capsys.readouterr().err
+    assert "damaged" in errors and len(errors.splitlines()) == 1
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == {**before, checkpoint: bytes(content)}
     with pytest.raises(InputError, match="checksum"):
         read_tensors(checkpoint)

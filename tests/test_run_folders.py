@@ -146,6 +146,43 @@ def test_only_regular_files_inside_the_folder_are_read(run, data, stored, name, 
     assert path.name in refusal((lambda: train(data, run, resume=True)) if "checkpoint" in name else (lambda: load_run(run)))
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "figures", "tensorboard"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_nothing_is_written_or_deleted_through_a_linked_folder(run, data, tmp_path, name, resume):
+    """A planted link to a folder of the user's, in a new run and in one that goes on."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for letter in ("events.out.tfevents.1.figures", "state.safetensors", "history.png"):
+        (victim / letter).write_text("untouched")
+    if not resume:
+        shutil.rmtree(run)
+        run.mkdir()
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).symlink_to(victim, target_is_directory=True)
+    assert name in refusal(lambda: train(data, run, resume=resume, epochs=3)) or name == "checkpoint"
+    assert {path.read_text() for path in victim.iterdir()} == {"untouched"} and len(list(victim.iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "evaluation.safetensors", "metrics.csv", "lr_find.json", "report.html"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_training(data, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    assert name in refusal(lambda: train(data, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link", "nested"])
+def test_a_lock_that_is_none_neither_blocks_nor_is_followed(tmp_path, kind):
+    path, victim = tmp_path / ".lock", tmp_path / "victim"
+    victim.write_text("untouched")
+    {"pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "link": lambda: path.symlink_to(victim),
+     "nested": lambda: path.write_text("[" * 100_000)}[kind]()
+    lock = FolderLock(tmp_path)
+    refusal(lock.acquire)
+    lock.release()
+    assert victim.read_text() == "untouched" and os.path.lexists(path)
+
+
 def test_measured_numbers_can_be_zero(data, tmp_path):
     """A network that knows the answer: the test loss is exactly 0."""
     one_class = dataclasses.replace(data, test_labels=np.zeros_like(data.test_labels))

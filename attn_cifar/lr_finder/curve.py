@@ -10,14 +10,13 @@ import json
 import math
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..core import InputError
-from ..files import write_text
+from ..files import open_file, write_text
 
 # %% ../../nbs/lr_finder/curve.ipynb #8a922e65
 def smooth(
@@ -109,7 +108,7 @@ def _decode(content: dict[str, Any]) -> dict[str, Any]:
         content[name] = None if optional else _curve(content[name], 0 if name == "lrs" else None)
     for name in ("suggestion", "low", "high"):
         content[name] = None if content.get(name) is None else _number(content[name], 0)
-    for name in ("reason", "doubt"):
+    for name in ("reason", "doubt", "run"):
         if not isinstance(content.get(name), str | None):
             raise TypeError(f"{name} is not a text")
     content["points"] = {name: _number(value) for name, value in content["points"].items()}
@@ -134,6 +133,7 @@ class LRRangeTest:
     validation: np.ndarray | None = None  # float (N,): the validation loss after each step
     trials: list[tuple[float, float]] = field(default_factory=list)  # peak learning rate and final loss of each trial
     longer: list[tuple[float, float]] = field(default_factory=list)  # the same for the longer trials near a cliff
+    run: str | None = None  # digest of the training run that it was made for; None if unknown
 
     def __repr__(self) -> str:
         rates = [f"{name} {value:.3g}" for name in ("suggestion", "low", "high") if (value := getattr(self, name)) is not None]
@@ -162,16 +162,21 @@ class LRRangeTest:
         peaks = [self.suggestion * rate / max(rates) if max(rates) else self.suggestion for rate in rates]
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, epochs=epochs, steps_per_epoch=steps_per_epoch, **options)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        below: str | os.PathLike | None = None,  # a run folder, out of which no link may lead
+    ) -> None:
         "Write to a JSON file."
         content = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
-        write_text(Path(path), json.dumps(content) + "\n")
+        write_text(path, json.dumps(content) + "\n", below)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "LRRangeTest":
         "Read what `save` wrote. Raises `InputError`."
         try:
-            result = cls(**_decode(json.loads(Path(path).read_text(encoding="utf-8"))))
+            with open_file(path, links=True) as file:
+                result = cls(**_decode(json.loads(file.read())))
             if (result.low or 0) > (result.high or math.inf):
                 raise ValueError("its range ends below its beginning")
             size = result.lrs.shape

@@ -7,7 +7,9 @@ __all__ = ['sweep_rates', 'DivergenceMonitor', 'Sweep', 'validation_loss', 'run_
            'fit_with_suggestion']
 
 # %% ../../nbs/06_lr_finder.ipynb #07e8c6ab
+import hashlib
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -30,7 +32,7 @@ from ..training.engine import Engine, choose_engine, keep_memory
 from ..training.loop import check_output, fit
 from ..training.processes import join_processes
 from ..training.recipes import Recipe, choose_recipe, make_optimizer
-from ..training.runs import Run, refuse_other_run
+from ..training.runs import Run, describe_run, refuse_other_run, run_identity, stored_file
 from ..training.state import load_optimizer, preserved
 
 # %% ../../nbs/06_lr_finder.ipynb #bf29ed65
@@ -371,6 +373,22 @@ def _suggest(model: nn.Module, data: ImageData, recipe: Recipe, seed: int, optio
     return find_lr(model, data, recipe=recipe, seed=seed, **engine)
 
 
+def _digest(model: nn.Module, data: ImageData, recipe: Recipe, seed: int) -> str:
+    "Return a text that is the same for the same model, recipe, seed and data, whatever its epochs and its max_lr."
+    config = describe_run(unwrap(model), data, replace(recipe, max_lr=1.0), Engine("cpu", "float32", False), seed=seed,
+                          deterministic=False, processes=1, notes={})
+    return hashlib.blake2b(json.dumps(run_identity(config), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _load_own(path: Path, run: str | None) -> LRRangeTest:
+    "Read a stored range test. Raises `InputError` if it was made for another run."
+    result = LRRangeTest.load(path)
+    if result.run not in (None, run):  # version 0.1.0 stored none
+        raise InputError(f"{path} was made for another model, recipe, seed or data set: remove it, or choose another folder")
+    return result
+
+
+# %% ../../nbs/06_lr_finder.ipynb #1ade9cd3
 def fit_with_suggestion(
     model: nn.Module,
     data: ImageData,
@@ -389,15 +407,14 @@ def fit_with_suggestion(
     check_output(unwrap(model), data)
     changes = {field.name: options.pop(field.name) for field in fields(Recipe) if field.name in options}
     recipe = choose_recipe(model, recipe, changes)
-    stored = None if out is None else Path(out) / "lr_find.json"
 
     def find() -> LRRangeTest:
-        if resume and stored is not None and stored.exists():
-            return LRRangeTest.load(stored)
-        result = _suggest(model, data, recipe, seed, options)
-        if stored is not None and len(result.lrs):
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            result.save(stored)
+        run = _digest(model, data, recipe, seed) if out is not None else None
+        if out is not None and resume and (path := stored_file(out, "lr_find.json")):
+            return _load_own(path, run)
+        result = replace(_suggest(model, data, recipe, seed, options), run=run)
+        if out is not None and len(result.lrs):
+            result.save(Path(out) / "lr_find.json", out)
         return result
 
     result = processes.from_first(find)  # the other processes use the first one's result

@@ -138,9 +138,13 @@ class Evaluation:
         wrong = (self.predictions != self.labels).nonzero().squeeze(1)
         return wrong[self.probabilities[wrong].amax(1).argsort(descending=True, stable=True)]
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        below: str | os.PathLike | None = None,  # a run folder, out of which no link may lead
+    ) -> None:
         "Write to a safetensors file."
-        write_tensors(path, {"logits": self.logits, "labels": self.labels, "class_names": self.class_names})
+        write_tensors(path, {"logits": self.logits, "labels": self.labels, "class_names": self.class_names}, below)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Evaluation":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.images import ImageData, unnormalize
-from ..files import write_csv, write_tensors
+from ..files import own_folder, write_csv, write_tensors
 from .engine import logits_of, weights_dtype
 from .processes import Processes
 from .recipes import current_momentum
@@ -103,6 +103,7 @@ class RunLogger:
         self.run, self.data, self.steps, self.epochs = run, data, 0, 0
         self.folder, self.model = run.need_folder(), run.need_model()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # a resumed run writes all its points again
+        own_folder(self.folder / "tensorboard", self.folder)
         self.threads_report, threading.excepthook = threading.excepthook, self._report_thread
         try:
             self.writer = SummaryWriter(str(self.folder / "tensorboard"))
@@ -142,10 +143,11 @@ class RunLogger:
         self._add_scalars()
         self.writer.flush()
         run = self.run
-        write_csv(self.folder / "metrics.csv", [{key: row[key] for key in row if key != "seconds"} for row in run.history])
-        write_csv(self.folder / "timing.csv", [{"seconds": row["seconds"]} for row in run.history])  # differ from run to run
+        write_csv(self.folder / "metrics.csv", [{key: row[key] for key in row if key != "seconds"} for row in run.history],
+                  self.folder)
+        write_csv(self.folder / "timing.csv", [{"seconds": row["seconds"]} for row in run.history], self.folder)  # never the same
         rows = [dict(zip(run.steps, row, strict=True)) for row in zip(*run.steps.values(), strict=True)]
-        write_csv(self.folder / "steps.csv", rows)
+        write_csv(self.folder / "steps.csv", rows, self.folder)
 
     def _add_scalars(self) -> None:
         "Add the steps and epochs since the last call to TensorBoard."
@@ -161,8 +163,8 @@ class RunLogger:
     def write(self) -> None:
         "Write everything that can be read without the checkpoint."
         self._write_tables()
-        write_tensors(self.folder / "model.safetensors", self.model.state_dict())
-        self.run.need_evaluation().save(self.folder / "evaluation.safetensors")
+        write_tensors(self.folder / "model.safetensors", self.model.state_dict(), self.folder)
+        self.run.need_evaluation().save(self.folder / "evaluation.safetensors", self.folder)
 
     def close(self) -> None:
         "Add misclassified images to TensorBoard, and close it."

@@ -193,7 +193,8 @@ class Checkpoints:
             return
         self.trainer.totals.read(self.run.steps["loss"])
         with self.pace.saving():
-            self.state.save(self.path, history=self.run.history, steps=self.run.steps, identity=run_identity(self.run.config))
+            self.state.save(self.path, self.run.folder, history=self.run.history, steps=self.run.steps,
+                            identity=run_identity(self.run.config))
             self.trainer.processes.agree(0)  # no process ends while the first one still writes
 
     def restore(self) -> None:

@@ -30,7 +30,7 @@ from .. import __version__
 from ..core import InputError
 from ..data.augmentation import Augmentation
 from ..data.images import ImageData
-from ..files import read_csv, read_tensors, write_text
+from ..files import open_file, read_csv, read_tensors, write_text
 from ..models.inspection import count_parameters
 from ..models.registry import MODELS, create_model
 from .engine import Engine, default_device, to_channels_last
@@ -231,12 +231,24 @@ def read_config(
     return config
 
 # %% ../../nbs/training/runs.ipynb #420b1d3b
+_FOLDERS = "checkpoint", "figures", "tensorboard"
+_WRITTEN = ("config.json", "metrics.csv", "timing.csv", "steps.csv", "model.safetensors", "evaluation.safetensors",
+            "lr_find.json", "report.html", "checkpoint/state.safetensors")
+
+
 def refuse_other_run(folder: str | os.PathLike, resume: bool) -> None:
-    "Raise `InputError` if a folder already contains a run that is not to be resumed, or half of one."
+    "Raise `InputError` if a folder contains a run that is not to be resumed, half of one, or what a run cannot replace."
     if (Path(folder) / "checkpoint").exists() and not (Path(folder) / "config.json").exists():
         raise InputError(f"{folder} holds a checkpoint, but no config.json to say of which run: choose another folder")
-    if (Path(folder) / "config.json").exists() and not resume:
+    if os.path.lexists(Path(folder) / "config.json") and not resume:
         raise InputError(f"{folder} already holds a run: choose another folder, or go on with it (--resume, resume=True)")
+    for path in (Path(folder, name) for name in _FOLDERS):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            raise InputError(f"{path} is not a folder, or leads elsewhere, and a run writes into it: choose another folder")
+    for path in (Path(folder, name) for name in _WRITTEN):
+        if path.is_dir() and not path.is_symlink():
+            raise InputError(f"{path} is a folder, and a run writes a file of this name: choose another folder")
+
 
 # %% ../../nbs/training/runs.ipynb #cfa35045
 def refuse_different_run(
@@ -326,7 +338,7 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
     "Write config.json. Raises `InputError`."
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n", folder)
     except OSError as error:
         raise InputError(f"the run folder {folder} cannot be written ({error.strerror})") from error
 
@@ -345,7 +357,7 @@ def _holds(content: str, age: float) -> bool:
     try:
         lock = json.loads(content)
         pid, host, started = lock["pid"], lock["host"], lock["started"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
         return age < 2  # being written
     if host != socket.gethostname():
         return age < 600
@@ -410,7 +422,8 @@ class FolderLock:
     def _refuse_living(self) -> None:
         "Raise `InputError` if the process that holds the lock lives."
         try:
-            content, age = self.path.read_text(errors="replace"), time.time() - self.path.stat().st_mtime
+            with open_file(self.path, "rb") as file:
+                content, age = file.read(1000).decode(errors="replace"), time.time() - os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return
         if _holds(content, age):
@@ -427,8 +440,10 @@ class FolderLock:
         "Remove the lock file, if this process still holds it."
         if self.held:
             self.held = False
-            with suppress(OSError):
-                if self.path.read_text() == json.dumps(self.own):
+            with suppress(OSError, InputError):
+                with open_file(self.path, "rb") as file:
+                    own = file.read(1000) == json.dumps(self.own).encode()
+                if own:
                     self.path.unlink()
 
 # %% ../../nbs/training/runs.ipynb #4109f3b6

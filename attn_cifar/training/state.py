@@ -445,6 +445,7 @@ class TrainingState:
     def save(
         self,
         path: str | os.PathLike,
+        below: str | os.PathLike | None = None,  # a run folder, out of which no link may lead
         **notes: Any,  # numbers, texts, lists and dicts to keep beside the state
     ) -> None:
         "Write the state to one safetensors file, atomically: a reader sees the old file or the new one."
@@ -453,7 +454,7 @@ class TrainingState:
         own = {"random": state.get("random"), "buffers": {name: buffer.cpu() for name, buffer in self.model.named_buffers()}}
         others = self.processes.gather(own)[1:]  # the parts that differ between processes
         if self.processes.rank == 0:
-            write_tensors(path, {"state": state, "others": others, "notes": notes})
+            write_tensors(path, {"state": state, "others": others, "notes": notes}, below)
 
     def load(
         self,
