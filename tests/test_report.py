@@ -418,7 +418,8 @@ def test_the_baseline_is_the_most_common_class(tmp_path, wrong, poor):
     html = make_report(run, data).read_text(encoding="utf-8")
     assert "always answering class 0, the most common class, 90.0\N{NO-BREAK SPACE}%" in html and "guessing" not in html
     assert ('class="score poor"' in html) == poor, "the color of warnings is for results no better than the baseline"
-    accuracy = verdicts(run)[0]
+    accuracy, advice = verdicts(run)[0], verdicts(run)[-1]
+    assert advice[:2] == ("Next", "Another max_lr," if poor else "A larger network,") and advice[2] in html, "what to do next"
     assert ("not distinguishable" in accuracy[2]) == poor and "95 % interval" in accuracy[2]
 
 

@@ -55,7 +55,7 @@ def _judge_progress(losses: Sequence[float]) -> str:
         first = next(index for index, loss in enumerate(losses) if not math.isfinite(loss))
         return f"test loss, NaN or infinite since epoch {first + 1}: the training diverged, so try a smaller max_lr."
     if len(losses) == 1:
-        return "test loss after a single epoch."
+        return "test loss after a single epoch, too few to see a trend."
     best = int(np.nanargmin(losses))
     if losses[best] < losses[-1]:
         higher = f"{percent(losses[-1] / losses[best] - 1)} higher" if losses[best] > 0 else "higher"
@@ -82,6 +82,28 @@ def undefined_outputs(evaluation: Evaluation) -> int:
     "Count the images whose probabilities are not numbers."
     return int((~evaluation.probabilities.isfinite().all(1)).sum())
 
+# %% ../../nbs/report/verdicts.ipynb #1a615129
+def _advise(
+    evaluation: Evaluation,  # whose outputs are numbers
+    gap: float,  # training accuracy - test accuracy
+    losses: Sequence[float],  # test loss of each epoch
+    suggestion: float | None,  # of an LR range test
+) -> tuple[str, str]:
+    "Return what to try next, and why."
+    rate = f"of about {suggestion:.3g}" if suggestion else "suggested by attn-cifar find-lr"
+    low, (_, share) = accuracy_interval(evaluation)[0], most_common(evaluation)
+    if not math.isfinite(losses[-1]):
+        return "A smaller max_lr,", "because the training diverged."
+    if len(losses) == 1 or (losses[-2] > 0 and losses[-1] < 0.99 * losses[-2]):
+        return "More epochs,", "with --resume or from the start" + (
+            "." if low > share else f", and a max_lr {rate}: so far, the network is no better than one fixed answer.")
+    if low <= share:
+        return "Another max_lr,", f"{rate}: the network is no better than one fixed answer."
+    if gap > 0.05:
+        return "More images,", "or a stronger augmentation: the network knows its training images better than new ones."
+    weakest = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])[0]
+    return "A larger network,", f"or more images, above all of {weakest}."
+
 # %% ../../nbs/report/verdicts.ipynb #5662fe6e
 def verdicts(
     run: Run,  # with an evaluation and one epoch or more
@@ -104,4 +126,6 @@ def verdicts(
     if found is not None:
         advice = f"the range test suggests {found.suggestion:.3g}" if found.suggestion else "the range test suggests none"
         lines.append(("Max LR", f"{run.config['recipe']['max_lr']:.3g}", f"at the peak of the schedule; {advice}."))
+    if not undefined:
+        lines.append(("Next", *_advise(evaluation, last["train_accuracy"] - right, losses, found.suggestion if found else None)))
     return lines
