@@ -44,6 +44,16 @@ def layer_output(model, layer, images, score=None):
         handle.remove()
 
 
+def layer_input(model, layer, images):
+    """Return the first input of a layer, by a hook."""
+    kept = []
+    with torch.no_grad():
+        handle = model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+        model(images)
+        handle.remove()
+    return kept[-1]
+
+
 def readings(shape, rows, columns):
     """Yield every way to read a tensor of this shape as (B, C, rows, columns)."""
     if len(shape) == 4 and shape[2:] == (rows, columns):
@@ -568,8 +578,11 @@ def shares_of_network(name):
         return {}
     shares = {one.layer: places_of_grad_cam(model, one.layer, size) for one in found if one.method == "grad_cam"}
     if any(one.method == "attention_rollout" for one in found):
-        for one in explain(model, images, 0, methods="attention"):  # more or less attention goes to what has changed
-            shares[f"attention of {one.layer}"] = share_in_place((one.maps[1:] - one.maps[:1]).abs(), places)
+        for one in explain(model, images[:1], methods="attention_rollout"):
+            tokens = layer_input(model, one.layer.split(" call ")[0], images)
+            shares[f"tokens of {one.layer}"] = max(
+                share_in_place((x[1:] - x[:1]).abs().mean(1), places)
+                for x in (arrange(tokens) for arrange in readings(tuple(tokens.shape), *one.maps.shape[1:])) if len(x) == len(images))
     return shares
 
 
