@@ -22,7 +22,7 @@ test: .venv/.installed-dev
 	@echo "lint" && $(RUFF) attn_cifar tests nbs setup.py .github
 	@echo "types" && $(MYPY) attn_cifar
 	@echo "notebooks" && $(BIN)/nbdev_test --n_workers 2
-	@echo "tests" && $(BIN)/python -m pytest -q -rs -n 2 tests
+	@echo "tests" && $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
 
 # Measure training through other loops and ours; DATA=folder for images other than the downloaded CIFAR-10.
 bench: .venv-bench/.installed
@@ -42,12 +42,13 @@ picture: .venv/.installed-dev
 readme: .venv/.installed-dev
 	@$(BIN)/python .github/readme.py
 
-# The badge and first cell of every notebook; then all of them as Colab runs them: alone, in order, in a clean environment.
+# The badge and first cell of every notebook; then all of them as Colab runs them: alone, in order, in a clean environment with
+# Colab's versions (.github/colab.txt), so PYTHON must be 3.12. NOTEBOOKS="01_data quickstart" for some of them.
 colab: .venv/.installed-dev
 	@$(BIN)/python .github/colab.py
 
 test-colab:
-	@$(PYTHON) .github/colab.py --try $(if $(DATA),--data $(abspath $(DATA)))
+	@$(PYTHON) .github/colab.py --try $(if $(DATA),--data $(if $(filter cifar10 shapes,$(DATA)),$(DATA),$(abspath $(DATA)))) $(NOTEBOOKS)
 
 # The wheel and the sdist in a clean environment on each Python that is at hand, one after another.
 test-package:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "nbs" / "studies" / "results" / "notebooks.json"
+VERSIONS = ROOT / ".github" / "colab.txt"
 # What a notebook imports, and the package it is in. Newer versions of onnx would replace Colab's protobuf.
 EXTRAS = {"timm": "timm", "pytorch_grad_cam": "grad-cam", "captum": "captum", "torch_lr_finder": "torch-lr-finder",
           "hypothesis": "hypothesis", "gradio": "gradio", "onnxruntime": '"onnx<1.23" onnxruntime onnxscript'}
@@ -93,8 +94,9 @@ def stamp(path: Path) -> bool:
     return after != before
 
 
-def imitate(data: str, python: str, versions: Path | None = None) -> None:
-    """Execute the notebooks, alone and in their order, as Colab would; store how long each takes. Needs the network for pip."""
+def imitate(data: str, python: str, names: list[str]) -> None:
+    """Execute notebooks, alone and in their order, beside Colab's versions; store how long each takes. Needs pip's network."""
+    wanted = [path for path in notebooks() if not names or path.stem in names]
     with tempfile.TemporaryDirectory() as folder:
         home, alone = Path(folder), Path(folder) / "content"
         (home / "site" / "google" / "colab").mkdir(parents=True)
@@ -104,15 +106,14 @@ def imitate(data: str, python: str, versions: Path | None = None) -> None:
         run = partial(subprocess.run, check=True)
         run([python, "-m", "venv", str(home / "venv")])
         colab = [str(home / "venv" / "bin" / "python"), "-m"]
-        run([*colab, "pip", "install", "-q", "torch", "torchvision", "nbconvert", "ipykernel",  # Colab has them
-             *(["-r", str(versions.resolve())] if versions else [])])
+        run([*colab, "pip", "install", "-q", "-r", str(VERSIONS)])
         run([*colab, "pip", "wheel", "-q", "--no-deps", "-w", str(home / "wheels"), str(copy)])
         shutil.copy(next((home / "wheels").glob("attn_cifar-*.whl")), alone)
         before = run([*colab, "pip", "freeze"], capture_output=True, text=True).stdout.splitlines()
-        environment = {**os.environ, "PYTHONPATH": str(home / "site"), "ATTN_CIFAR_DATA": data, "HOME": str(home),
-                       "PATH": f"{home / 'venv' / 'bin'}:{os.environ['PATH']}"}
+        environment = {**os.environ, "PYTHONPATH": str(home / "site"), "ATTN_CIFAR_DATA": data, "ATTN_CIFAR_EPOCHS": "1",
+                       "HOME": str(home), "PATH": f"{home / 'venv' / 'bin'}:{os.environ['PATH']}"}
         found: dict[str, float] = {}
-        for path in notebooks():
+        for path in wanted:
             shutil.copy(path, alone)
             started = time.perf_counter()
             run([*colab, "nbconvert", "--log-level", "ERROR", "--to", "notebook", "--execute", "--inplace", path.name], cwd=alone,
@@ -124,6 +125,8 @@ def imitate(data: str, python: str, versions: Path | None = None) -> None:
         assert not changed, f"the notebooks replaced what was there: {sorted(changed)}"
         shutil.copytree(alone, ROOT / "build" / "colab", dirs_exist_ok=True, ignore=lambda _, names: [
             name for name in names if not name.endswith(".ipynb")])
+    if names:
+        return
     stored = {"command": "python .github/colab.py --try", "data": Path(data).name, "seconds": found}
     TIMES.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
@@ -132,9 +135,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--try", action="store_true", dest="attempt", help="execute all notebooks in an imitated Colab")
     parser.add_argument("--data", default="cifar10", help="a source of images, as for attn-cifar train")
-    parser.add_argument("--versions", type=Path, help="a list of Colab's versions, as pip freeze prints it, to install first")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter to imitate Colab with")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter to imitate Colab with: Python 3.12")
+    parser.add_argument("names", nargs="*", help="notebooks to execute, without folder and ending (default: all)")
     arguments = parser.parse_args()
     if arguments.attempt:
-        imitate(arguments.data, arguments.python, arguments.versions)
+        imitate(arguments.data, arguments.python, arguments.names)
     print(f"{sum(map(stamp, notebooks()))} notebooks changed")

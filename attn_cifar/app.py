@@ -55,7 +55,7 @@ def _figure(
 
 # %% ../nbs/cli/app.ipynb #b75deca8
 _TITLES = {"grad_cam": "Evidence for the answer", "attention_rollout": "Where attention flows",
-           "gradient_attention": "Attention that favours the answer", "attention": "Attention received"}
+           "gradient_attention": "Attention that favors the answer", "attention": "Attention received"}
 _METHODS = {"grad_cam": "Grad-CAM", "attention_rollout": "attention rollout", "gradient_attention": "gradient × attention",
             "attention": "attention weights"}
 _VERDICTS = {"believable": "Tested: hiding the bright area hurts the answer more than hiding another one.",

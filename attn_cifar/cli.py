@@ -25,7 +25,7 @@ from .core import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from attn_cifar.data.images import ImageData
     from attn_cifar.explain.faithfulness import Faithfulness
@@ -103,6 +103,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--layers": {"choices": ("last", "all"), "default": "last", "help": "of each method (default: last)"},
     "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside "
                                                                        "the first run)"},
+    "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help": "gpu: leave out parts that do not fit into this time; "
+                                                                           "the same command continues later (default: 6)"},
+    "--rehearse": {"action": "store_true", "help": "gpu: at reduced size, with or without a GPU"},
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "on this machine alone (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the picture (default: explanation.png); further files, "
                                                                       "FILE-2.png and so on, for more than five images"},
@@ -114,7 +117,7 @@ _POSITIONALS: dict[str, dict[str, Any]] = {
     "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; several: a page that compares them"},
     "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders, explanations or beyond"}}
+    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders, explanations, beyond or gpu"}}
 _SOURCE = "--data", "--image-size", "--skip-bad"  # the options that choose images
 
 # %% ../nbs/cli/cli.ipynb #cbe288d8
@@ -396,20 +399,14 @@ def _choose_recipe(
         max_lr = recipe.max_lr if own or arguments.recipe or config else None
     return (recipe, False) if max_lr is None else (choose_recipe(None, recipe, {"max_lr": max_lr}), True)
 
-# %% ../nbs/cli/cli.ipynb #66303da6
-def _default_batch_size(
-    images: int,  # for training
-    largest: int,  # the recipe's batch size
-) -> int:
-    "Return the batch size for a number of training images: at least 32 steps per epoch if 8 images or more allow it."
-    return min(largest, 1 << max((images // 32).bit_length() - 1, 3))
-
 # %% ../nbs/cli/cli.ipynb #5cff84a7
 def _set_batch_size(arguments: argparse.Namespace, config: dict[str, Any] | None, recipe: "Recipe", images: int) -> "Recipe":
     "Adapt the batch size to the number of training images, unless an option or the run to resume has decided; warn of few steps."
     from dataclasses import replace
 
-    fitting, steps = _default_batch_size(images, recipe.batch_size), -(-images // recipe.batch_size)
+    from attn_cifar.training.recipes import default_batch_size
+
+    fitting, steps = default_batch_size(images, recipe.batch_size), -(-images // recipe.batch_size)
     if config is None and arguments.batch_size is None and arguments.recipe is None:
         return replace(recipe, batch_size=fitting)
     if steps < 10 and recipe.batch_size > fitting:
@@ -436,20 +433,6 @@ def _load_start(
     if arguments.model not in (None, start.name):
         raise InputError(f"{arguments.start} is a {start.name}, not a {arguments.model}: leave --model out")
     return start
-
-# %% ../nbs/cli/cli.ipynb #22c20e93
-def _with_new_head(
-    name: str,  # of a registered network
-    weights: "dict[str, Tensor]",  # its state, trained on any number of classes
-    num_classes: int,
-) -> "nn.Module":
-    "Return a network with trained weights, except those whose shape depends on the number of classes."
-    from attn_cifar.models.registry import create_model
-
-    model = create_model(name, num_classes)
-    fresh, other = model.state_dict(), create_model(name, num_classes + 1).state_dict()
-    model.load_state_dict(fresh | {key: weights[key] for key in fresh if fresh[key].shape == other[key].shape})
-    return model
 
 # %% ../nbs/cli/cli.ipynb #98c76b2f
 def _load_shared(arguments: argparse.Namespace, processes: "Processes") -> "ImageData":
@@ -481,13 +464,13 @@ def _train_and_report(
     import torch
 
     from attn_cifar.lr_finder.finder import fit_with_suggestion
-    from attn_cifar.models.registry import create_model
+    from attn_cifar.models.registry import create_model, transfer_weights
     from attn_cifar.report.sections import make_report
     from attn_cifar.training.loop import fit
 
     classes, say = len(data.class_names), processes.rank == 0 and not arguments.json
     torch.manual_seed(arguments.seed)
-    model = _with_new_head(start.name, start.model.state_dict(), classes) if start else create_model(arguments.model, classes)
+    model = transfer_weights(start.name, start.model.state_dict(), classes) if start else create_model(arguments.model, classes)
     if say and start is not None:
         print(_escape(f"starting from {arguments.start}; the last layer is new, for {classes} classes"), flush=True)
     _progress.info("training" if decided else "choosing a learning rate, then training")
@@ -675,12 +658,14 @@ def _add_inputs(
     inputs: "np.ndarray",  # uint8 (B, H, W, 3): what the network sees
 ) -> None:
     "Add each network input small to the corner of its photograph."
+    from attn_cifar.visualization.plots import label_row
+
     for ax, pixels in zip(panels, inputs, strict=False):
         corner = ax.inset_axes((0.66, 0.0, 0.34, 0.34))
         corner.imshow(pixels, interpolation="nearest")
         corner.set(xticks=[], yticks=[])
         corner.spines[:].set(visible=True, color="white")
-    panels[0].set_ylabel("photograph, and\nwhat the network sees", fontsize=8)
+    label_row(panels[0], "photograph, and what the network sees")
 
 # %% ../nbs/cli/cli.ipynb #9d0a5fe0
 def _explanation_lines(
@@ -712,7 +697,8 @@ def _study(arguments: argparse.Namespace) -> None:
     "Run a measured comparison."
     from attn_cifar.studies.registry import run_study
 
-    run_study(arguments.name, data=arguments.data, out=arguments.out)
+    run_study(arguments.name, data=arguments.data, out=arguments.out, minutes=arguments.minutes,
+              rehearse=arguments.rehearse or None)
 
 # %% ../nbs/cli/cli.ipynb #9a3a5a66
 def _report(arguments: argparse.Namespace) -> _Result:
@@ -773,7 +759,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], _Result | None], tuple
     "app": (_app, ("model", "--port")),
     "report": (_report, ("--data", "--skip-bad", "--page", "--json", "runs")),
     "models": (_models, ("--json",)),
-    "study": (_study, ("--data", "--out", "name")),
+    "study": (_study, ("--data", "--out", "--minutes", "--rehearse", "name")),
 }
 
 # %% ../nbs/cli/cli.ipynb #1cbbfbc5

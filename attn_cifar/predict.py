@@ -23,6 +23,7 @@ from .explain.faithfulness import Faithfulness, check_explanations
 from .explain.maps import Explanation, explain
 from .files import read_csv
 from .models.registry import find_pretrained, load_pretrained
+from .training.engine import default_device
 from .training.runs import load_run, read_config
 
 # %% ../nbs/09_your_own_images.ipynb #25e2bb93
@@ -30,7 +31,7 @@ from .training.runs import load_run, read_config
 class Classifier:
     "Network with its preprocessing and class names; plots accept it in place of a data set."
     name: str
-    model: nn.Module  # normalized images (B, 3, H, W) to logits (B, C), in evaluation mode
+    model: nn.Module  # normalized images (B, 3, H, W) to logits (B, C), in evaluation mode, on a GPU if there is one
     class_names: tuple[str, ...]
     mean: tuple[float, ...]  # of the red, green and blue values in 0..1
     std: tuple[float, ...]
@@ -48,10 +49,11 @@ class Classifier:
     def predict(
         self,
         images: Tensor,  # float (B, 3, H, W), normalized
-    ) -> Tensor:  # float32 (B, C), each row sums to 1
+    ) -> Tensor:  # float32 (B, C) on the CPU, each row sums to 1
         "Return the probability of each class."
+        device = next((parameter.device for parameter in self.model.parameters()), images.device)
         with torch.no_grad():
-            return self.model(images).float().softmax(1)
+            return self.model(images.to(device)).float().softmax(1).cpu()
 
 # %% ../nbs/09_your_own_images.ipynb #087631ab
 def load_classifier(
@@ -70,7 +72,7 @@ def load_classifier(
         model, config = run.model, run.config
         confusion = run.evaluation.confusion if run.evaluation else None
     else:
-        model, config = load_pretrained(str(name)), read_config(shipped)
+        model, config = load_pretrained(str(name)).to(default_device()), read_config(shipped)
         if (stored := shipped / "confusion.csv").exists():
             confusion = torch.tensor([[int(count) for count in row.values()] for row in read_csv(stored)])
     class_names, mean, std = (tuple(config["data"][key]) for key in ("class_names", "mean", "std"))

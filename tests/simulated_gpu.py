@@ -30,6 +30,7 @@ NONDETERMINISTIC = {aten.adaptive_max_pool2d_backward, aten._adaptive_avg_pool2d
                     aten.bincount, aten.grid_sampler_2d_backward, aten.histc}
 MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.addmv}
 ACROSS = {aten.copy_, aten._to_copy, aten._foreach_copy_, aten.set_, aten.set_data, aten.is_same_size}  # may mix devices
+NO_STORAGE = NotImplementedError, RuntimeError, ValueError  # sparse, functional, or lazy
 INDEXING = {aten.index, aten.index_put_, aten.index_put, aten._unsafe_index}  # a CPU index into a GPU tensor is copied
 
 
@@ -41,19 +42,19 @@ class Devices:
 
     def get(self, tensor: torch.Tensor) -> torch.device | None:
         """Return the device of a tensor; None if it fits any (made inside a backward pass)."""
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # no storage
+        with contextlib.suppress(*NO_STORAGE):
             return self.known.get(tensor.untyped_storage()._cdata, (None, CPU))[1]
         return CPU
 
     def set(self, tensor: torch.Tensor, device: torch.device | None) -> None:
-        with contextlib.suppress(NotImplementedError, RuntimeError):
+        with contextlib.suppress(*NO_STORAGE):
             storage = tensor.untyped_storage()
             self.known[storage._cdata] = StorageWeakRef(storage), device
         if len(self.known) > 20_000:
             self.known = {key: pair for key, pair in self.known.items() if not pair[0].expired()}
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        with contextlib.suppress(NotImplementedError, RuntimeError):
+        with contextlib.suppress(*NO_STORAGE):
             return tensor.untyped_storage()._cdata in self.known
         return False
 

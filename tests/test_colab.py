@@ -6,8 +6,15 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+
+from attn_cifar.models import create_model
+from attn_cifar.studies import load_results
+from attn_cifar.training import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = '''"""Stands in for pip: it notes what was asked for. The package is installed already."""
@@ -75,3 +82,33 @@ def test_a_notebook_alone(tmp_path, on_colab, wheel, installed):
     cells = json.loads((tmp_path / "content" / "chart.ipynb").read_text(encoding="utf-8"))["cells"]
     assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code"), "not everything was executed"
     assert ("upload its wheel" in json.dumps(cells[1].get("outputs"))) is (not installed)
+
+
+@pytest.mark.parametrize(("gpu", "data", "epochs", "complete"), [
+    (True, "cifar10", None, True), (True, "cifar10", "1", False), (False, "cifar10", None, False), (True, "shapes", None, False)])
+@pytest.mark.parametrize("name", ["04_training", "quickstart"])
+def test_with_a_gpu_the_shipped_network_trains_completely(monkeypatch, capsys, name, gpu, data, epochs, complete):
+    """For 24 epochs, and its accuracy is printed next to the stored one; the imitated Colab sets ATTN_CIFAR_EPOCHS."""
+    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (source,) = (source for source in sources if "ATTN_CIFAR_EPOCHS" in source)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setenv("ATTN_CIFAR_DATA", data)
+    monkeypatch.delenv("ATTN_CIFAR_EPOCHS", raising=False)
+    if epochs:
+        monkeypatch.setenv("ATTN_CIFAR_EPOCHS", epochs)
+    calls = []
+
+    def fit(model, data, recipe=None, epochs=None, **options):
+        calls.append(epochs or recipe.epochs)
+        return SimpleNamespace(history=[{}] * calls[-1], evaluation=SimpleNamespace(accuracy=0.8))
+
+    names = {"fit": fit, "device": "cuda" if gpu else "cpu", "model": None, "data": None, "classes": 10,
+             "result": SimpleNamespace(suggestion=0.03), "os": os, "torch": torch, "np": np, "create_model": create_model, "RECIPES": RECIPES,
+             "load_results": load_results}
+    exec(source, names)
+    printed = capsys.readouterr().out
+    assert calls == ([24] if complete else [2] * (name == "quickstart"))
+    assert ("80.0% after 24 epochs" in printed) is complete
+    if complete:
+        assert "84.5%" in printed and "3 seeds" in printed

@@ -21,7 +21,9 @@ from attn_cifar import cli
 from attn_cifar.cli import main
 from attn_cifar.core import InputError
 from attn_cifar.models import create_model, load_pretrained
+from attn_cifar.studies import gpu
 from attn_cifar.training import load_run
+from attn_cifar.training.recipes import default_batch_size
 from attn_cifar.training.runs import read_config
 
 SLOW = """
@@ -72,7 +74,7 @@ def test_the_default_network_and_the_rule_for_the_batch_size(photos, capsys):
     assert (stored["model"], recipe["max_lr"], recipe["batch_size"]) == ("attn_tiny", 0.035, 8), "not 18 images in batches of 8"
     assert "note" not in capsys.readouterr().err, "a warning about what the user did not choose"
     for images in (1, 20, 255, 256, 400, 1200, 9_999, 50_000, 10**6):
-        size = cli._default_batch_size(images, 128)
+        size = default_batch_size(images, 128)
         assert size <= 128 and (images / size >= 32 or size == 8) and (images / (2 * size) < 32 or size == 128), images
 
 
@@ -292,3 +294,42 @@ def test_two_busy_processes_slow_a_command_three_times_at_most(photos):
 def test_the_thread_ends_with_the_command():
     before = threading.active_count()
     assert main(["models", "--json"]) == 0 and threading.active_count() == before
+
+
+def test_the_help_of_study_lists_all_of_them():
+    from attn_cifar.studies import STUDIES
+
+    *most, last = STUDIES
+    assert cli._POSITIONALS["name"]["help"] == f"{', '.join(most)} or {last}"
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("speed", "--minutes", "6"), "study speed does not take --minutes: only gpu can"),
+    (("ladder", "--rehearse"), "study ladder does not take --rehearse: only gpu can"),
+    (("demo", "--minutes", "6", "--rehearse"), "study demo does not take --minutes: only gpu can"),
+    (("lr_finders", "--out", "there"), "study lr_finders does not take --out: only demo, reproduction, ladder, beyond, gpu can"),
+    (("gpu", "--minutes", "0"), "argument --minutes: must be a whole number from 1 to 1440, not '0'"),
+    (("gpu", "--data", "shapes"), "study gpu needs a GPU, and PyTorch sees none; --rehearse runs it without one, at reduced size"),
+])
+def test_no_option_of_a_study_is_ignored(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["study", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [f"attn-cifar: {message}"] or "must be a whole number" in captured.err
+    assert captured.out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_of_the_gpu_study_is_no_result(tmp_path, monkeypatch, capsys):
+    """It writes each part at once, continues, and cannot be continued as if it were a measurement."""
+    monkeypatch.setattr("attn_cifar.studies.gpu.PARTS", [
+        gpu.Part(name, seconds, lambda bench, name=name: {"number": 1 / (name != "b")}) for name, seconds in
+        (("a", 1), ("b", 1), ("c", 10_000))])
+    for _ in range(2):
+        assert main(["study", "gpu", "--data", "shapes", "--minutes", "6", "--rehearse", "--out", str(tmp_path)]) == 0
+        assert "not enough time for c (1000 s): run the same command again" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "gpu.json").read_text())
+    assert stored["rehearsal"] and [(row["part"], "error" in row) for row in stored["parts"]] == [("a", False), ("b", True)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["study", "gpu", "--data", "shapes", "--out", str(tmp_path)]) == 2
+    assert "holds the results of a rehearsal: name another folder with --out" in capsys.readouterr().err

@@ -14,10 +14,13 @@ import torch.nn.functional as F
 
 from simulated_gpu import simulated_gpu
 
+from attn_cifar.cli import main
 from attn_cifar.data import Augmentation, Batches, load_data, normalize
 from attn_cifar.explain import check_explanations, explain
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model, load_pretrained
+from attn_cifar.predict import explain_images, load_classifier
+from attn_cifar.report import make_report
 from attn_cifar.studies.ladder import evaluate_flipped, picture_attention
 from attn_cifar.training import RECIPES, BatchLoss, Engine, choose_engine, choose_recipe, evaluate, fit, load_run
 from attn_cifar.training.loop import Trainer
@@ -121,6 +124,44 @@ def test_the_range_test_leaves_the_gpu_as_it_was(data):
     find_lr(model, data, recipe=RECIPE, num_steps=20)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert torch.equal(random, torch.cuda.get_rng_state())
+
+
+@pytest.mark.parametrize("model_device", ["cpu", "cuda"])
+def test_class_weights_of_a_loss_follow_the_model(data, model_device):
+    """And stay where they were, afterwards."""
+    model, weights = create_model("spatial_attn").to(model_device), torch.arange(1.0, 11.0)
+    criterion = torch.nn.CrossEntropyLoss(weights)
+    result = find_lr(model, data, None, criterion, recipe=RECIPE, num_steps=10, trials=0)
+    assert len(result.losses) > 5
+    assert criterion.weight is weights and not weights.is_cuda and torch.equal(weights, torch.arange(1.0, 11.0))
+    assert next(model.parameters()).device.type == model_device
+
+
+def test_a_loaded_run_and_a_classifier_compute_on_the_gpu(data, tmp_path, monkeypatch, capsys):
+    """Evaluation, explanations and report of a stored run; without a GPU the same run computes on the CPU, never in float16."""
+    run, seen = train(data, out=tmp_path / "run", precision="float16"), []
+    monkeypatch.setattr("attn_cifar.cli._run_data", lambda arguments, config: data)
+    watched = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: seen.append((inputs[0].device.type, torch.is_autocast_enabled("cpu"))))
+    try:
+        assert main(["evaluate", str(tmp_path / "run")]) == 0
+        make_report(tmp_path / "run", data)
+        for name in (tmp_path / "run", "attn_tiny"):
+            classifier = load_classifier(name)
+            images = normalize(torch.as_tensor(data.test_images[:4]), classifier.mean, classifier.std)
+            assert not classifier.predict(images).is_cuda
+            explanations, judged = explain_images(classifier, images)
+            assert len(explanations) == len(judged) and not explanations[0].maps.is_cuda
+        assert {device for device, _ in seen} == {"cuda"}
+        seen.clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert main(["evaluate", str(tmp_path / "run")]) == 0
+        assert set(seen) == {("cpu", False)}
+    finally:
+        watched.remove()
+    first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("test accuracy")]
+    assert abs(float(first.split()[2][:-2]) - float(second.split()[2][:-2])) <= 1
+    assert load_run(tmp_path / "run").history == run.history
 
 
 def test_explanations_are_those_of_the_cpu(data):

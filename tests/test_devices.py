@@ -1,7 +1,12 @@
 """What a GPU waits for, refuses and needs, on a simulated one: see `simulated_gpu.py`."""
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +14,18 @@ import torch
 
 from simulated_gpu import simulated_gpu
 
+from attn_cifar.cli import main
 from attn_cifar.data import Augmentation, Batches, load_data
 from attn_cifar.models import create_model
 from attn_cifar.studies import speed
+from attn_cifar.studies.gpu import PARTS
 from attn_cifar.training import BatchLoss, Engine, Muon, choose_recipe
 from attn_cifar.training.loop import Checkpoints, Trainer
 from attn_cifar.training.runs import Run
 
 T4, A100 = (7, 5), (8, 0)
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = [*sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")), ROOT / "nbs" / "quickstart.ipynb"]
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +230,29 @@ def test_a_checkpoint_keeps_the_scale_of_float16(data, tmp_path):
         assert len(list(second.epoch())) == 4
 
     waits_of(resume, T4)
+
+
+@pytest.mark.parametrize(("path", "capability"), [
+    pytest.param(path, capability, id=f"{path.stem}-{capability}",
+                 marks=() if (path.stem, capability) == ("02_models", "7.5") else pytest.mark.long)
+    for path in CHAPTERS for capability in ("7.5", "8.0")])
+def test_a_chapter_runs_on_a_gpu(path, capability):
+    """In float16 on a T4, in bfloat16 on an A100; its assertions hold there, too."""
+    words = [sys.executable, str(ROOT / "tests" / "simulated_notebook.py"), capability, str(path)]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", [None, T4, A100])
+def test_the_gpu_study_can_be_rehearsed(tmp_path, monkeypatch, capability):
+    """Every part succeeds, on a CPU and on the simulated GPU."""
+    monkeypatch.chdir(tmp_path)
+    words = ["study", "gpu", "--data", "shapes", "--minutes", "6", "--rehearse"]
+    if capability is None:
+        assert main(words) == 0
+    else:
+        waits_of(lambda gpu: main(words), capability)
+    stored = json.loads((tmp_path / "runs" / "gpu_rehearsal" / "gpu.json").read_text())
+    assert [row["part"] for row in stored["parts"]] == [part.name for part in PARTS]
+    assert not [row for row in stored["parts"] if "error" in row]

@@ -39,7 +39,8 @@ FLOAT32, BFLOAT16 = ("float32", 1e-5, 0.9999, 1e-3), ("bfloat16", 0.02, 0.99, 0.
 
 @needs_compiler
 @pytest.mark.parametrize(("name", "precision", "loss_off", "cosine", "length"), [
-    ("basic_attn", *FLOAT32), ("basic_attn", *BFLOAT16), ("spatial_attn", *FLOAT32), ("spatial_attn", *BFLOAT16),
+    ("basic_attn", *FLOAT32), pytest.param("basic_attn", *BFLOAT16, marks=pytest.mark.long),
+    pytest.param("spatial_attn", *FLOAT32, marks=pytest.mark.long), ("spatial_attn", *BFLOAT16),
     pytest.param("attn_speed", *BFLOAT16, marks=pytest.mark.skipif(
         torch.__version__ < "2.5", reason="PyTorch 2.4 cannot compile this network in bfloat16, says so, and goes on without"))])
 def test_compiled_gradients_are_those_of_float64(name, precision, loss_off, cosine, length):

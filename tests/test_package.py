@@ -1,6 +1,7 @@
 """What is shipped: an sdist, a wheel made from that sdist alone, and the wheel's package somewhere else than here."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,27 @@ def test_wheel_needs_no_development_tool(wheel):
     assert any(need.startswith("torch>=") for need in for_users)
     assert any(need.startswith("nbdev") and "extra ==" in need for need in needs)
     assert not any(need.startswith(("nbdev", "fastcore", "execnb", "jupyter", "pytest")) for need in for_users)
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/us/attn_cifar"])
+def test_links_work_on_a_package_index(tmp_path, url):
+    """README's links are relative; an index shows it elsewhere."""
+    for name in ("setup.py", "settings.ini", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    settings = tmp_path / "settings.ini"
+    settings.write_text(settings.read_text().replace("git_url =", f"git_url = {url}"))
+    (tmp_path / "attn_cifar").mkdir()
+    (tmp_path / "attn_cifar" / "__init__.py").touch()
+    code = "from setuptools.build_meta import prepare_metadata_for_build_wheel as prepare; prepare('metadata')"
+    (tmp_path / "metadata").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = next((tmp_path / "metadata").rglob("METADATA")).read_text()
+    targets = re.findall(r"\]\(([^)]*)\)", text)
+    assert targets and all(target.startswith(("https:", "#")) for target in targets), targets
+    for place in ("blob/main/nbs/01_data.ipynb", "raw/main/nbs/images/overview.png"):
+        assert (f"({url}/{place})" in text) is bool(url) and (url or place not in text)
+    assert text.count("Project-URL: ") == (2 if url else 0)
 
 
 def test_wheel_runs_where_the_repository_is_not(wheel, tmp_path):

@@ -1,10 +1,13 @@
 """A run as people see it: its report in a real browser, its folder in a real TensorBoard."""
 
+import base64
 import csv
+import io
 import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -18,13 +21,14 @@ import numpy as np
 import pytest
 import torch
 from browsing import open_page
+from PIL import Image
 
 from attn_cifar.cli import make_parser
 from attn_cifar.core import InputError
 from attn_cifar.data import ImageData, load_data
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model
-from attn_cifar.report import make_comparison, make_report, paired_difference, remake_command, verdicts
+from attn_cifar.report import figures, make_comparison, make_report, paired_difference, remake_command, sections, verdicts
 from attn_cifar.training import RECIPES, Evaluation, Run, fit, load_run
 
 HOSTILE = "<script>alert(1)</script>"
@@ -474,6 +478,60 @@ def test_comparison(browser, tmp_path):
         make_comparison([first], data)
     with pytest.raises(InputError, match="not the images of the run"):
         make_comparison([first, second], replace(data, test_labels=data.test_labels[::-1].copy()))
+
+
+def shown_images(path: Path) -> dict[str, np.ndarray]:
+    """Decode the explained images of a report and Grad-CAM's maps over them, by what they show."""
+    page = Page(path.read_text(encoding="utf-8"))
+    pictures = [values for tag, values in page.found if tag == "img" and values["alt"].startswith(("test image", "Grad-CAM"))]
+    decoded = [Image.open(io.BytesIO(base64.b64decode(values["src"].partition(",")[2]))).convert("RGB") for values in pictures]
+    return {f"{values['alt']} {place}" if values["alt"].startswith("Grad") else values["alt"]: np.asarray(image)
+            for place, (values, image) in enumerate(zip(pictures, decoded, strict=True))}
+
+
+def test_explanations_lie_over_the_photographs(browser, tmp_path, monkeypatch):
+    """The squares in the middle of the files, in their resolution; after a change of the files, the network's own input."""
+    why, = ((group, card, panels[:1]) for group, card, panels in sections.LAYOUT if group == "Why")
+    monkeypatch.setattr(sections, "LAYOUT", (why,))
+    monkeypatch.setattr(figures, "FIGURES", {})  # this test makes three reports, and looks at one card
+    rng, root = np.random.default_rng(0), tmp_path / "photos"
+    for part, count in (("train", 4), ("test", 6)):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+                coarse.resize((160, 120), Image.Resampling.BICUBIC).save(root / part / name / f"{number}.png")
+    (root / "test" / "cat" / "0 broken.png").write_bytes(b"no image: from here on, indices and files differ by one")
+    data = load_data(root, skip_bad=True)
+    torch.manual_seed(0)
+    run = fit(create_model("spatial_attn", 2), data, epochs=1, batch_size=4, max_lr=1e-3, out=tmp_path / "run", verbose=False,
+              notes={"source": str(root)})
+    files = [path for name in ("cat", "dog") for path in sorted((root / "test" / name).glob("[0-5].png"))]
+    path = make_report(run, data)
+    shown = shown_images(path)
+    larger = {alt: image for alt, image in shown.items() if alt.startswith("test image") and "as the network" not in alt}
+    assert len(larger) == 5
+    for alt, image in larger.items():
+        index = int(alt.split()[2].strip(","))
+        expected = np.asarray(Image.open(files[index]).crop((20, 0, 140, 120))).astype(int)
+        assert image.shape == (120, 120, 3) and np.abs(image - expected).mean() < 4, "another photograph, or another part"
+        small = shown[f"test image {index} as the network gets it"]
+        assert np.array_equal(small, data.test_images[index]), "the network's input is shown exactly"
+    maps = [image for alt, image in shown.items() if alt.startswith("Grad-CAM")]
+    assert maps and all(image.shape == (120, 120, 3) for image in maps)
+    open_page(browser, path.resolve().as_uri(), 390, "light")
+    assert browser.execute_script("return document.querySelector('#explanations .small').getBoundingClientRect().width") < 50
+
+    Image.open(files[0]).rotate(90).save(files[0])
+    for other in files[1:]:
+        Image.open(files[0]).save(other)  # every file has become the same photograph
+    changed = shown_images(make_report(run, data))
+    for alt, image in changed.items():
+        assert image.shape == (32, 32, 3) and "as the network" not in alt
+        if alt.startswith("test image"):
+            assert np.array_equal(image, data.test_images[int(alt.split()[2].strip(","))]), "a photograph of something else"
+    shutil.rmtree(root)
+    assert shown_images(make_report(run, data)).keys() == changed.keys(), "without the folder, the report is the same"
 
 
 def test_a_script_that_slips_in_does_not_run(browser, run_folder, tmp_path):

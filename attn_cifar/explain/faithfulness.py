@@ -39,6 +39,38 @@ def blurred(
     return images
 
 # %% ../../nbs/explain/faithfulness.ipynb #d21e310f
+def _probabilities(
+    model: nn.Module,
+    images: Tensor,  # float (B, C, H, W)
+    replaced: Tensor,  # what masked positions show, as `images`
+    first: Tensor,  # bool (B, 1, H, W), or one value for all: what is masked in one copy, and alone visible in another
+    targets: Tensor,  # int64 (B,)
+    multi_label: bool,
+) -> Tensor:  # float (2, B)
+    "Return the target's probability with positions masked, and with all others masked."
+    both = torch.cat([torch.where(first, replaced, images), torch.where(first, images, replaced)])
+    with torch.no_grad():
+        return class_scores(model(both), multi_label)[1].gather(1, targets.repeat(2)[:, None]).view(2, len(images))
+
+# %% ../../nbs/explain/faithfulness.ipynb #1374ae79
+def _ends(model: nn.Module, images: Tensor, replaced: Tensor, targets: Tensor, multi_label: bool) -> list[Tensor]:  # (2, B) each
+    "Return the probabilities with nothing and with everything masked, which are the same for every map."
+    whole = (torch.tensor(value, device=images.device) for value in (False, True))
+    return [_probabilities(model, images, replaced, first, targets, multi_label) for first in whole]
+
+
+def _areas(model: nn.Module, images: Tensor, replaced: Tensor, maps: Tensor, targets: Tensor, steps: int, multi_label: bool,
+           ends: Sequence[Tensor]) -> Tensor:  # (2, B)
+    "Return deletion and insertion, as `score_maps` does."
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    curves = [ends[0]]
+    for step in range(1, steps):
+        first = (rank < order.shape[1] * step / steps).view(len(images), 1, *maps.shape[1:])
+        curves.append(_probabilities(model, images, replaced, first, targets, multi_label))
+    return torch.trapezoid(torch.stack([*curves, ends[1]]), dim=0) / steps
+
+# %% ../../nbs/explain/faithfulness.ipynb #cd4fcc76
 def score_maps(
     model: nn.Module,  # in evaluation mode, returns logits (B, classes)
     images: Tensor,  # float (B, 3, H, W), normalized
@@ -48,16 +80,9 @@ def score_maps(
     multi_label: bool = False,  # as in `explain`
 ) -> tuple[Tensor, Tensor]:  # deletion and insertion, each float32 (B,), 0..1
     "Measure the area under the target's probability while positions are masked or restored in the order of a map."
-    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    replaced, curves = blurred(images), []
-    with torch.no_grad():
-        for step in range(steps + 1):
-            first = (rank < order.shape[1] * step / steps).view(len(images), 1, *maps.shape[1:])
-            both = torch.cat([torch.where(first, replaced, images), torch.where(first, images, replaced)])
-            probabilities = class_scores(model(both), multi_label)[1].gather(1, targets.repeat(2)[:, None])
-            curves.append(probabilities.view(2, len(images)))
-    deletion, insertion = torch.trapezoid(torch.stack(curves), dim=0) / steps
+    replaced = blurred(images)
+    ends = _ends(model, images, replaced, targets, multi_label)
+    deletion, insertion = _areas(model, images, replaced, maps, targets, steps, multi_label, ends)
     return deletion, insertion
 
 # %% ../../nbs/explain/faithfulness.ipynb #da9f98e5
@@ -158,12 +183,15 @@ def _score_all(model: nn.Module, images: Tensor, explanation: Explanation, steps
     "Return deletion and insertion of the maps, then of the moved maps: (2, 1 + moves, B) on the CPU."
     moves = max(8, -(-32 // len(images)))  # at least 32 in all, to measure their spread
     variants = [explanation.maps, *(torch.stack([_moved(map_, generator) for map_ in explanation.maps]) for _ in range(moves))]
-    targets, scores = explanation.targets.to(images.device), []
+    targets, multi_label = explanation.targets.to(images.device), explanation.multi_label
+    parts = [(*part, blurred(part[0])) for part in zip(images.split(PORTION), targets.split(PORTION), strict=True)]
+    ends = [_ends(model, part, replaced, chosen, multi_label) for part, chosen, replaced in parts]
+    scores = []
     for maps in variants:
         large = F.interpolate(maps[:, None], size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
         large = large.nan_to_num().to(images.device)
-        parts = zip(images.split(PORTION), large.split(PORTION), targets.split(PORTION), strict=True)
-        pairs = [torch.stack(score_maps(model, *part, steps, explanation.multi_label)) for part in parts]
+        pairs = [_areas(model, part, replaced, heat, chosen, steps, multi_label, end)
+                 for (part, chosen, replaced), heat, end in zip(parts, large.split(PORTION), ends, strict=True)]
         scores.append(torch.cat(pairs, 1).cpu())
     return torch.stack(scores, 1)
 

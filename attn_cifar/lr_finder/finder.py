@@ -224,8 +224,10 @@ def _choose_engine(model: nn.Module, device: str | None, precision: str | None) 
     return choose_engine(model, 0, 32, device, precision, compile=False)
 
 
-def _move(model: nn.Module, optimizer: Any, device: str) -> None:
-    "Move a model to a device, and the state of its optimizer after it."
+def _move(model: nn.Module, optimizer: Any, criterion: Any, device: str) -> None:
+    "Move a model to a device, and after it the state of its optimizer and the weights of its loss."
+    if isinstance(criterion, nn.Module):
+        criterion.to(device)
     if any(p.device.type != torch.device(device).type for p in model.parameters()):
         model.to(device)
         if optimizer is not None and hasattr(optimizer, "load_state_dict") and optimizer.state_dict().get("state"):
@@ -342,7 +344,7 @@ def find_lr(
         torch.cuda.init()  # so that its random generators are restored
     objects = [model, given, scaler, *without_functions(criterion, step)]
     with preserved(*objects, loaders=[data, valid]), keep_memory(), torch.enable_grad():
-        _move(model, given, engine.device)
+        _move(model, given, criterion, engine.device)
         used = _make_optimizer(model, recipe, optimizer)
         _check_optimizer(used)
         scaler = scaler or torch.amp.GradScaler(engine.device, enabled=engine.precision == "float16")

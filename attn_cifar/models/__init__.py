@@ -6,7 +6,8 @@
 __all__ = ['BasicAttention', 'ChannelGate', 'DepthwiseBlock', 'HybridAttention', 'MODELS', 'ModelEntry', 'RelativePosition',
            'SimilarityAttention', 'SpatialAttention', 'SpeedAttention', 'SpeedBlock', 'Ultimus', 'attend', 'conv_block',
            'count_macs', 'count_parameters', 'create_model', 'describe_model', 'evaluation_mode', 'find_pretrained',
-           'l1_term', 'list_models', 'load_pretrained', 'record_attention', 'unwrap', 'whitening_filters']
+           'l1_term', 'list_models', 'load_pretrained', 'record_attention', 'transfer_weights', 'unwrap',
+           'whitening_filters']
 
 # %% ../../nbs/models/package.ipynb #5366c916
 from .blocks import (
@@ -15,11 +16,11 @@ from .inspection import count_macs, count_parameters, evaluation_mode, l1_term, 
 from .networks import (
     BasicAttention, HybridAttention, SpatialAttention, SpeedAttention, SpeedBlock, whitening_filters)
 from .registry import (
-    MODELS, ModelEntry, create_model, describe_model, find_pretrained, list_models, load_pretrained)
+    MODELS, ModelEntry, create_model, describe_model, find_pretrained, list_models, load_pretrained, transfer_weights)
 
 # %% ../../nbs/models/package.ipynb #20a38fc0
 _all_ = [
     "BasicAttention", "ChannelGate", "DepthwiseBlock", "HybridAttention", "MODELS", "ModelEntry", "RelativePosition",
     "SimilarityAttention", "SpatialAttention", "SpeedAttention", "SpeedBlock", "Ultimus", "attend", "conv_block", "count_macs",
     "count_parameters", "create_model", "describe_model", "evaluation_mode", "find_pretrained", "l1_term", "list_models",
-    "load_pretrained", "record_attention", "unwrap", "whitening_filters"]
+    "load_pretrained", "record_attention", "transfer_weights", "unwrap", "whitening_filters"]

@@ -27,6 +27,7 @@ class Picture:
     width: int  # pixels of the layout
     height: int
     caption: tuple[str, ...] = ()  # lines under it
+    small: bool = False  # takes less than its column
 
 # %% ../../nbs/report/page.ipynb #5f55c1f1
 def data_uri(

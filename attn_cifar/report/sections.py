@@ -315,29 +315,42 @@ _VERDICT_TEXTS = {
 EXPLAINED_SIDE = 160  # pixels: larger explained images are reduced
 
 
-def _overlays(explanation: Explanation, pixels: np.ndarray, names: list[str]) -> list[Picture]:
-    "Lay one layer's maps over images, uint8 (B, H, W, 3)."
-    heat, empty = explanation.upsampled(pixels.shape[1:3]).numpy(), explanation.empty.tolist()
-    what = f"{METHOD_NAMES[explanation.method]} in {explanation.layer} for"
-    return [embed_image(overlay(pixels[i], heat[i], empty[i]), f"{what} {name}" + ", an empty map" * empty[i],
-                        ("empty",) if empty[i] else (), EXPLAINED_SIDE) for i, name in enumerate(names)]
+def _overlays(explanation: Explanation, pictures: Sequence[np.ndarray], names: list[str]) -> list[Picture]:
+    "Lay one layer's maps over pictures, uint8 (H, W, 3), each of any size."
+    empty, what = explanation.empty.tolist(), f"{METHOD_NAMES[explanation.method]} in {explanation.layer} for"
+    overlays = []
+    for i, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        laid = overlay(picture, explanation.upsampled(picture.shape[:2])[i].numpy(), empty[i])
+        overlays.append(embed_image(laid, f"{what} {name}" + ", an empty map" * empty[i], ("empty",) if empty[i] else (),
+                                    EXPLAINED_SIDE))
+    return overlays
+
+# %% ../../nbs/report/sections.ipynb #1e989a18
+def _shown_pictures(results: RunResults) -> list[np.ndarray]:  # uint8 (H, W, 3) each
+    "Return the photographs behind the explained images; the network's input where there is none."
+    return [np.array(results.data.test_images[index]) if photograph is None else photograph
+            for index, photograph in zip(results.explained[:SHOWN], results.photographs, strict=True)]
 
 # %% ../../nbs/report/sections.ipynb #fee8e28b
 def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Show the explained images with their true class, the explained class and its probability."
-    data, shown, evaluation = results.data, results.explained[:SHOWN], results.predictions
+    data, evaluation = results.data, results.predictions
     results.run.need_model()
-    strip = []
-    for index in shown:
+    strip, inputs = [], []
+    for index, picture in zip(results.explained[:SHOWN], _shown_pictures(results), strict=True):
         true, guess = data.class_names[int(data.test_labels[index])], data.class_names[int(evaluation.predictions[index])]
         sure = f"{whole_percent(float(evaluation.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
-        strip.append(embed_image(np.array(data.test_images[index]), f"test image {index}, {true}", (
+        strip.append(embed_image(picture, f"test image {index}, {true}", (
             true, *([f"→ {guess}"] if guess != true else []), sure), EXPLAINED_SIDE))
-    text = (
-        "Confident right answers and confident mistakes: true class → predicted class, which is explained. In the maps, bright "
-        "is the highest "
-            "value and dark the lowest.")
-    return Section("explanations", "What the network looks at", text, strips=[("", strip)])
+        seen = embed_image(np.array(data.test_images[index]), f"test image {index} as the network gets it")
+        inputs.append(replace(seen, small=True))
+    text = ("Confident right answers and confident mistakes: true class → predicted class, which is explained. In the maps, "
+            "bright is the highest value and dark the lowest.")
+    strips = [("", strip)]
+    if any(photograph is not None for photograph in results.photographs):
+        height, width = data.test_images.shape[1:3]
+        strips.append((f"What the network gets: {height}×{width} pixels", inputs))
+    return Section("explanations", "What the network looks at", text, strips=strips)
 
 # %% ../../nbs/report/sections.ipynb #0f96b2ee
 def _faithfulness_table(checks: list[Faithfulness], images: int) -> Table:
@@ -350,11 +363,10 @@ def _faithfulness_table(checks: list[Faithfulness], images: int) -> Table:
 # %% ../../nbs/report/sections.ipynb #5666c3e9
 def _explanations(results: RunResults, pictures: Mapping[str, Picture], method: str) -> Section:
     "Show the maps of one method over the explained images, and whether they can be believed."
-    data, shown, maps = results.data, results.explained[:SHOWN], results.maps(method)
+    data, shown, maps = results.data, _shown_pictures(results), results.maps(method)
     checks = check_explanations(results.run.need_model(), results.images, maps, steps=4)
     names = [data.class_names[int(target)] for target in maps[0].targets[:len(shown)]]
-    pixels = np.array(data.test_images[shown])
-    strips = [(f"{explanation.layer}: {check.verdict}", _overlays(explanation, pixels, names))
+    strips = [(f"{explanation.layer}: {check.verdict}", _overlays(explanation, shown, names))
               for explanation, check in zip(maps, checks, strict=True)]
     words, name = dict.fromkeys(check.verdict for check in checks), METHOD_NAMES[method]
     text = _METHOD_TEXTS[method] + "".join(f" {word.capitalize()}: {_VERDICT_TEXTS[word]}." for word in words)

@@ -165,7 +165,6 @@ def trace_explanations(
 # %% ../../nbs/studies/explanations.ipynb #89f43434
 def explanations(
     data: str | ImageData = "cifar10",
-    out: str | None = None,  # not used: no run is kept
     results: str = "nbs/studies/results/explanations.json",
     images: int = 300,  # to judge the methods on
     alarms: int = 50,  # trials with random maps

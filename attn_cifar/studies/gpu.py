@@ -271,18 +271,20 @@ def _attempt(part: Part, bench: Bench) -> dict[str, Any]:
 
 def gpu(
     data: str = "cifar10",  # as in `load_data`
-    results: str | None = None,  # None: gpu.json among the stored results; of a rehearsal runs/gpu_rehearsal.json
+    out: str | None = None,  # folder of the results, gpu.json; None: that of all studies, for a rehearsal runs/gpu_rehearsal
     minutes: float = 6.0,  # parts whose expected duration does not fit into what is left are skipped
     rehearse: bool = False,  # at reduced size, with or without a GPU
     parts: tuple[str, ...] | None = None,  # names of `PARTS`, None: all
-    **_: Any,  # options of other studies
 ) -> None:
     "Check and measure everything that needs a GPU, most valuable part first; continue where an earlier call was stopped."
     if not rehearse and not torch.cuda.is_available():
         raise InputError("study gpu needs a GPU, and PyTorch sees none; --rehearse runs it without one, at reduced size")
     started, bench = time.monotonic(), Bench(data, rehearse)
-    path = Path(results or ("runs/gpu_rehearsal.json" if rehearse else "nbs/studies/results/gpu.json"))
+    path = Path(out or ("runs/gpu_rehearsal" if rehearse else "nbs/studies/results")) / "gpu.json"
     store, skipped = StudyResults(path, "gpu", data=bench.data.name), []
+    if store.stored.setdefault("rehearsal", rehearse) != rehearse:
+        kind = "a real run" if rehearse else "a rehearsal"
+        raise InputError(f"{path} holds the results of {kind}: name another folder with --out")
     for part in PARTS:
         rows = store.stored.setdefault("parts", [])
         if (parts is not None and part.name not in parts) or any(row["part"] == part.name and "error" not in row for row in rows):
@@ -296,14 +298,16 @@ def gpu(
     print(f"stored in {path}" + (f"; not enough time for {', '.join(skipped)}: run the same command again" if skipped else ""))
 
 # %% ../../nbs/studies/gpu.ipynb #f2ec2b2c
-def gpu_table() -> str:
+def gpu_table(
+    *names: str,  # of `PARTS`; none: all
+) -> str:
     "Return the stored results as a Markdown table, every part that has none as not measured."
     try:
         rows = {row["part"]: row for row in load_results("gpu")["parts"]}
     except InputError:
         rows = {}
     lines = ["| part | result |", "| --- | --- |"]
-    for part in PARTS:
+    for part in (part for part in PARTS if not names or part.name in names):
         row = {key: value for key, value in rows.get(part.name, {}).items()
                if key != "part" and not isinstance(value, list | dict)}
         values = (f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())

@@ -7,6 +7,7 @@ __all__ = ['STUDIES', 'run_study']
 
 # %% ../../nbs/studies/registry.ipynb #bd8ec8f9
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from ..core import InputError
@@ -27,9 +28,19 @@ STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reprodu
 # %% ../../nbs/studies/registry.ipynb #143c1f32
 def run_study(
     name: str,  # in STUDIES
-    **options: Any,  # data, out, results, seeds, …; None: the study's default
+    data: str | None = None,  # as in `load_data`
+    out: str | None = None,  # folder of the runs; of gpu: of its results file
+    minutes: float | None = None,  # that a study may take
+    rehearse: bool | None = None,  # at reduced size
+    **options: Any,  # results, seeds, …
 ) -> None:
-    "Run a study. Raises `InputError`."
+    "Run a study; None: its default. Raises `InputError`."
     if name not in STUDIES:
         raise InputError(f"unknown study {name!r}: choose one of {', '.join(STUDIES)}")
-    STUDIES[name](**{key: value for key, value in options.items() if value is not None})
+    common = {"data": data, "out": out, "minutes": minutes, "rehearse": rehearse}
+    chosen = {key: value for key, value in common.items() if value is not None}
+    for key in chosen:
+        takers = [other for other, study in STUDIES.items() if key in signature(study).parameters]
+        if name not in takers:
+            raise InputError(f"study {name} does not take --{key}: only {', '.join(takers)} can")
+    STUDIES[name](**chosen, **options)

@@ -7,7 +7,6 @@ __all__ = ['OPTIMIZERS', 'RECIPES', 'Recipe', 'make_optimizer', 'make_scheduler'
            'choose_recipe']
 
 # %% ../../nbs/03_recipes.ipynb #6ab31540
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -104,15 +103,14 @@ def default_batch_size(
     images: int,  # number of training images
     most: int = 128,  # the recipe's batch size
 ) -> int:
-    "Return a power of two with about 40 steps per epoch, between 16 and `most`."
-    return min(most, max(16, 2 ** round(math.log2(max(images, 1) / 40))))
+    "Return the largest power of two with at least 32 steps per epoch, between 8 and `most`."
+    return min(most, 1 << max((images // 32).bit_length() - 1, 3))
 
 # %% ../../nbs/03_recipes.ipynb #635ba864
 def choose_recipe(
     model: nn.Module | None,
     recipe: Recipe | str | None,  # None: the default of a registered model, or "plain"
     changes: dict[str, Any],  # fields of a recipe and their new values
-    images: int | None = None,  # training images, to choose the batch size by unless `changes` has one; None: the recipe's
 ) -> Recipe:
     "Look up the recipe and apply the changes. Raises `InputError` for an unknown recipe or field."
     if recipe is None:
@@ -124,6 +122,4 @@ def choose_recipe(
         recipe = RECIPES[recipe]
     if unknown := sorted(set(changes) - {entry.name for entry in fields(Recipe)}):
         raise InputError(f"fit has no option {unknown[0]!r}, and a recipe has no such field")
-    if images is not None:
-        changes = {"batch_size": default_batch_size(images, recipe.batch_size), **changes}
     return replace(recipe, **changes)

@@ -33,7 +33,7 @@ from ..data.images import ImageData
 from ..files import read_csv, read_tensors, write_text
 from ..models.inspection import count_parameters
 from ..models.registry import MODELS, create_model
-from .engine import Engine, to_channels_last
+from .engine import Engine, default_device, to_channels_last
 from .evaluation import Evaluation
 from .recipes import Recipe
 
@@ -456,7 +456,7 @@ def load_run(
     folder: str | os.PathLike,
     model: nn.Module | None = None,  # for a model that is not in the registry: a new one of the same kind
 ) -> Run:
-    "Read a run folder, everything but the images, and check every file. Raises `InputError`."
+    "Read a run folder, except the images, and check every file; the model is on a GPU if there is one. Raises `InputError`."
     folder = Path(folder)
     config = read_config(folder)
     history, steps = _read_tables(folder, config)
@@ -498,7 +498,8 @@ def _read_model(folder: Path, config: dict[str, Any], model: nn.Module | None) -
         model.load_state_dict(weights)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path} does not fit the model ({str(error).splitlines()[0]})") from error
-    return to_channels_last(model).eval()  # the layout of training: the same numbers to the last bit
+    model = to_channels_last(model.to(default_device()))  # the layout of training: the same numbers to the last bit
+    return model.eval()
 
 
 def _check_weights(weights: Any, expected: dict[str, Any]) -> None:

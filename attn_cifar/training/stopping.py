@@ -65,8 +65,10 @@ class StopRequest:
         if number:
             raise KeyboardInterrupt(signal.Signals(number).name)
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for number, handler in self.before.items():
+            if number == signal.SIGTERM and kind is not None and issubclass(kind, ConnectionError):
+                handler = signal.SIG_IGN  # torchrun sends it next: the process says first why it ends
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set from Python
 
 # %% ../../nbs/training/stopping.ipynb #ef4e9f3d

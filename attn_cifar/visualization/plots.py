@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_ROWS', 'SPLITS', 'MAX_CELL_TEXT', 'MAX_NAMED', 'MOST_BARS', 'HEAT', 'plot_images', 'plot_lr_find',
            'plot_schedule', 'plot_history', 'plot_confusion', 'plot_classes', 'plot_confused', 'plot_misclassified',
-           'plot_calibration', 'overlay', 'plot_explanations']
+           'plot_calibration', 'overlay', 'label_row', 'plot_explanations']
 
 # %% ../../nbs/08_visualization.ipynb #b919adb7
 import textwrap
@@ -334,7 +334,7 @@ def plot_classes(
         ax.text(1.5, y, f"{value:.1f} %", va="center", color="white" if value > 15 else "#111827", fontsize=10)
     ax.axvline(100 * evaluation.accuracy, color=COLORS["orange"], linestyle="--", linewidth=1.5)
     ax.set_yticks(place, [short_name(evaluation.class_names[index], 18) for index in order])
-    ax.set(xlim=(0, 100), xlabel="recognised [%]; dashed: all images; line: 95 % interval")
+    ax.set(xlim=(0, 100), xlabel="recognized [%]; dashed: all images; line: 95 % interval")
     ax.grid(axis="y", visible=False)
     cut = f", the hardest {len(order)} of {len(evaluation.class_names)}" if len(order) < len(evaluation.class_names) else ""
     ax.set_title(f"Accuracy of each class{cut}")
@@ -442,9 +442,9 @@ def _resize_map(
 def overlay(
     picture: np.ndarray,  # a photograph of any size: float (H, W, 3) in 0..1, or uint8
     heat: np.ndarray | torch.Tensor,  # float (h, w), 0..1, of any size: it is resized to the photograph
-    empty: bool = False,  # the map carries no information: return the grey photograph
+    empty: bool = False,  # the map carries no information: return the gray photograph
 ) -> np.ndarray:
-    "Lay a map over the grey version of a photograph; return what `picture` is, uint8 or float, (H, W, 3)."
+    "Lay a map over the gray version of a photograph; return what `picture` is, uint8 or float, (H, W, 3)."
     from matplotlib import colormaps
 
     pixels = picture / 255 if picture.dtype == np.uint8 else picture
@@ -473,6 +473,15 @@ def _caption(explanation: Explanation, index: int, data: _Preprocessed, labels: 
     text = f"{explained}\n{100 * float(explanation.probabilities[index]):.0f} %"
     return text if labels is None else f"{short_name(data.class_names[int(labels[index])], 11)}\n→ {text}"
 
+# %% ../../nbs/08_visualization.ipynb #2349940a
+def label_row(
+    ax: "Axes",  # the first of a row of pictures
+    *lines: str,  # long ones are broken
+) -> None:
+    "Name a row of pictures, horizontally beside it: rotated names would run into those of the next row."
+    text = "\n".join(part for line in lines for part in textwrap.wrap(line, 18))
+    ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+
 # %% ../../nbs/08_visualization.ipynb #f73b8638
 def _draw_maps(
     panels: np.ndarray,  # axes (B,), one per image
@@ -482,9 +491,8 @@ def _draw_maps(
 ) -> None:
     "Draw one explanation over its pictures, with its method, layer and verdict on the left."
     heat, empty = explanation.upsampled(pictures.shape[1:3]).numpy(), explanation.empty.tolist()
-    label = f"{METHOD_NAMES.get(explanation.method, explanation.method)}\n{explanation.layer}"
-    panels[0].set_ylabel(label if verdict is None else f"{label}\n{verdict}",
-                         fontsize=9.5 if len(explanation.layer) < 16 else 8)
+    words = METHOD_NAMES.get(explanation.method, explanation.method), explanation.layer, verdict or ""
+    label_row(panels[0], *words)
     for index, (ax, picture) in enumerate(zip(panels, pictures, strict=True)):
         ax.imshow(overlay(picture, heat[index], empty[index]), interpolation="nearest")
         if empty[index]:
