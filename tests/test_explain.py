@@ -582,7 +582,8 @@ def shares_of_network(name):
             tokens = layer_input(model, one.layer.split(" call ")[0], images)
             shares[f"tokens of {one.layer}"] = max(
                 share_in_place((x[1:] - x[:1]).abs().mean(1), places)
-                for x in (arrange(tokens) for arrange in readings(tuple(tokens.shape), *one.maps.shape[1:])) if len(x) == len(images))
+                for x in (arrange(tokens) for arrange in readings(tuple(tokens.shape), *one.maps.shape[1:]))
+                if len(x) == len(images))
     return shares
 
 
