@@ -44,6 +44,16 @@ def layer_output(model, layer, images, score=None):
         handle.remove()
 
 
+def layer_input(model, layer, images):
+    """Return the first input of a layer, by a hook."""
+    kept = []
+    with torch.no_grad():
+        handle = model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+        model(images)
+        handle.remove()
+    return kept[-1]
+
+
 def readings(shape, rows, columns):
     """Yield every way to read a tensor of this shape as (B, C, rows, columns)."""
     if len(shape) == 4 and shape[2:] == (rows, columns):
@@ -145,7 +155,7 @@ FORMS = {  # what a layer makes of (B, h, w, C), and the way back
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
+@pytest.mark.parametrize("size", [(16, 16), (16, 24)])
 def test_forms_of_tokens(form, size):
     """The map of the tokens is the map of the layer before them, which has rows and columns."""
     there, back = FORMS[form]
@@ -171,8 +181,10 @@ def z_order(x):
 ORDERS = {"windows of 2": (8, windows(2)), "windows of 4": (8, windows(4)), "windows of 3 on 6": (6, windows(3)),
           "windows of 2 on 6": (6, windows(2)), "windows of 2 on 4": (4, windows(2)), "windows of 7": (14, windows(7)),
           "windows of 4 on 12": (12, windows(4)), "z order": (8, z_order),
-          "column by column": (8, lambda x: x.transpose(1, 2).flatten(1, 2)), "backwards": (8, lambda x: x.flip(1, 2).flatten(1, 2)),
-          "bottom up": (8, lambda x: x.flip(1).flatten(1, 2)), "rolled by half": (8, lambda x: x.roll((4, 4), (1, 2)).flatten(1, 2)),
+          "column by column": (8, lambda x: x.transpose(1, 2).flatten(1, 2)),
+          "backwards": (8, lambda x: x.flip(1, 2).flatten(1, 2)),
+          "bottom up": (8, lambda x: x.flip(1).flatten(1, 2)),
+          "rolled by half": (8, lambda x: x.roll((4, 4), (1, 2)).flatten(1, 2)),
           "alternating": (8, lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1).flatten(1, 2)),
           "alternating on 6": (6, lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1).flatten(1, 2)),
           "shuffled": (8, lambda x: x.flatten(1, 2)[:, torch.randperm(64, generator=torch.Generator().manual_seed(3))])}
@@ -240,7 +252,8 @@ def by_softmax(q, k):
 
 def in_float32(self, q, k, v):
     weights = torch.matmul(q, k.transpose(2, 3)) * 0.25
-    return torch.matmul(F.dropout(F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype), 0.0, self.training), v).contiguous()
+    weights = F.dropout(F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype), 0.0, self.training)
+    return torch.matmul(weights, v).contiguous()
 
 
 WAYS = {
@@ -251,8 +264,8 @@ WAYS = {
                                                                           v.transpose(1, 2)),
     "values first": lambda self, q, k, v: (v.mT @ by_softmax(q, k).mT).mT,
     "bmm": lambda self, q, k, v: torch.bmm(by_softmax(q, k).flatten(0, 1), v.flatten(0, 1)).unflatten(0, (-1, 2)),
-    "flat from the start": lambda self, q, k, v: torch.bmm(torch.softmax(torch.baddbmm(torch.zeros(()), q.flatten(0, 1), k.flatten(
-        0, 1).mT, beta=0, alpha=0.25), -1), v.flatten(0, 1)).unflatten(0, (-1, 2)),
+    "flat from the start": lambda self, q, k, v: torch.bmm(torch.softmax(torch.baddbmm(
+        torch.zeros(()), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0, alpha=0.25), -1), v.flatten(0, 1)).unflatten(0, (-1, 2)),
     "subtracting the maximum": lambda self, q, k, v: ((s := q @ k.mT * 0.25) - s.amax(-1, keepdim=True)).softmax(-1) @ v,
     "operator": lambda self, q, k, v: torch.Tensor.matmul(torch.nn.functional.softmax(q @ k.mT * 0.25, -1), v),
     "torch.special": lambda self, q, k, v: torch.special.softmax(q @ k.mT * 0.25, -1) @ v}
@@ -491,8 +504,8 @@ def test_images_made_in_inference_mode_are_explained():
 def test_layers_are_modules_or_names():
     model = small()
     expected = explain(model, IMAGES, layers=["0", "2"])
-    for layers in ([model[0], model[2]], ["0", model[2]], (model[0], model[2]), {"grad_cam": [model[0], "2"]}, model[:3:2]):
-        found = explain(model, IMAGES, methods="grad_cam", layers=layers if not isinstance(layers, nn.Sequential) else list(layers))
+    for layers in ([model[0], model[2]], ["0", model[2]], (model[0], model[2]), {"grad_cam": [model[0], "2"]}):
+        found = explain(model, IMAGES, methods="grad_cam", layers=layers)
         assert [one.layer for one in found] == ["0", "2"]
         assert all(torch.equal(one.maps, right.maps) for one, right in zip(found, expected, strict=True))
     assert explain(model, IMAGES, layers=model[2])[0].layer == "2"
@@ -505,3 +518,105 @@ def test_layers_are_modules_or_names():
     for wrong in ([nn.Conv2d(3, 8, 3)], [model], [""], [0]):
         with pytest.raises(InputError):
             explain(model, IMAGES, layers=wrong)
+
+
+# Networks of timm and torchvision, no two from the same source file: image size and options.
+WIDE = (160, 224)
+SWEEP = {
+    "timm.resnet10t": (WIDE, {}), "timm.vit_tiny_patch16_224": ((64, 96), {"img_size": (64, 96), "depth": 4}),
+    "timm.levit_128s": ((224, 224), {}), "timm.swin_tiny_patch4_window7_224": ((224, 224), {}),
+    "timm.mobilenetv3_small_050": (WIDE, {}),
+    "timm.deit_tiny_distilled_patch16_224": ((96, 64), {"img_size": (96, 64), "depth": 4}),
+    "timm.efficientformer_l1": ((224, 224), {}), "timm.swinv2_tiny_window8_256": ((256, 256), {}),
+    "timm.densenet121": (WIDE, {}), "timm.cait_xxs24_224": ((96, 96), {"img_size": 96, "depth": 4}),
+    "timm.efficientformerv2_s0": ((224, 224), {}), "timm.hiera_tiny_224": ((224, 224), {}),
+    "timm.ghostnet_050": (WIDE, {}), "timm.beit_base_patch16_224": ((96, 96), {"img_size": 96, "depth": 3, "embed_dim": 96,
+                                                                             "num_heads": 3}),
+    "timm.efficientvit_b0": (WIDE, {}), "timm.nest_tiny": ((224, 224), {}), "timm.hgnetv2_b0": (WIDE, {}),
+    "timm.eva02_tiny_patch14_224": ((84, 84), {"img_size": 84, "depth": 3}), "timm.efficientvit_m0": ((224, 224), {}),
+    "timm.pvt_v2_b0": ((128, 192), {}), "timm.inception_next_atto": (WIDE, {}),
+    "timm.vit_relpos_small_patch16_224": ((96, 96), {"img_size": 96, "depth": 3}), "timm.fastvit_t8": (WIDE, {}),
+    "timm.twins_svt_small": ((224, 224), {}), "timm.convnext_atto": (WIDE, {}), "timm.volo_d1_224": ((224, 224), {}),
+    "timm.swiftformer_xs": ((224, 224), {}), "timm.davit_tiny": ((224, 224), {}), "timm.fasternet_t0": (WIDE, {}),
+    "timm.tnt_s_patch16_224": ((224, 224), {"depth": 3}), "timm.visformer_tiny": ((224, 224), {}),
+    "timm.mvitv2_tiny": ((224, 224), {}), "timm.regnetx_002": (WIDE, {}), "timm.xcit_nano_12_p16_224": ((128, 128), {}),
+    "timm.mobilevit_xxs": ((192, 256), {}), "timm.gcvit_xxtiny": ((224, 224), {}), "timm.repghostnet_050": (WIDE, {}),
+    "timm.crossvit_tiny_240": ((240, 240), {}), "timm.coat_lite_tiny": ((224, 224), {}), "timm.pit_ti_224": ((224, 224), {}),
+    "timm.res2net50_26w_4s": (WIDE, {}), "timm.convit_tiny": ((96, 96), {"img_size": 96, "depth": 4}),
+    "timm.coatnet_nano_rw_224": ((224, 224), {}), "timm.tiny_vit_5m_224": ((224, 224), {}), "timm.rexnetr_100": (WIDE, {}),
+    "timm.edgenext_xx_small": ((192, 192), {}), "timm.starnet_s050": (WIDE, {}), "timm.vit_tiny_r_s16_p8_224": ((224, 224), {}),
+    "timm.dla46x_c": (WIDE, {}), "timm.mambaout_femto": (WIDE, {}), "timm.poolformer_s12": (WIDE, {}),
+    "timm.hrnet_w18_small": (WIDE, {}), "timm.repvit_m0_9": ((224, 224), {}), "torchvision.squeezenet1_1": (WIDE, {}),
+    "torchvision.shufflenet_v2_x0_5": (WIDE, {}), "torchvision.mnasnet0_5": (WIDE, {}), "torchvision.maxvit_t": ((224, 224), {}),
+    "torchvision.swin_t": ((128, 192), {})}
+
+
+def make_network(name, options):
+    library, name = name.split(".", 1)
+    torch.manual_seed(0)
+    if library == "timm":
+        model = pytest.importorskip("timm").create_model(name, num_classes=10, pretrained=False, **options)
+    else:
+        import torchvision
+
+        model = torchvision.models.get_model(name, weights=None, num_classes=10)
+    for module in model.modules():  # a classifier of zeros has no gradient
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)
+    return model.eval()
+
+
+def shares_of_network(name):
+    """Explain a network and return the share of right places of each map; None for an empty map, {} if it is refused."""
+    size, options = SWEEP[name]
+    model = make_network(name, options)
+    images, places = changed_images(size)
+    try:
+        found = explain(model, images[:1])
+    except InputError as error:
+        assert "\n" not in str(error)
+        return {}
+    shares = {one.layer: places_of_grad_cam(model, one.layer, size) for one in found if one.method == "grad_cam"}
+    if any(one.method == "attention_rollout" for one in found):
+        for one in explain(model, images[:1], methods="attention_rollout"):
+            tokens = layer_input(model, one.layer.split(" call ")[0], images)
+            shares[f"tokens of {one.layer}"] = max(
+                share_in_place((x[1:] - x[:1]).abs().mean(1), places)
+                for x in (arrange(tokens) for arrange in readings(tuple(tokens.shape), *one.maps.shape[1:]))
+                if len(x) == len(images))
+    return shares
+
+
+def check_shares(name, shares):
+    wrong = {layer: share for layer, share in shares.items() if share is not None and share < 0.6}
+    assert not wrong, f"{name} is explained at wrong places (share of right ones): {wrong}"
+
+
+@pytest.mark.parametrize("name", ["timm.resnet10t", "timm.vit_tiny_patch16_224", "timm.efficientvit_b0",
+                                  "torchvision.squeezenet1_1"])
+def test_maps_of_other_networks_lie_where_the_image_changes(name):
+    shares = shares_of_network(name)
+    assert shares, f"{name} is not explained"
+    check_shares(name, shares)
+
+
+@pytest.mark.long
+def test_many_networks_are_explained_at_the_right_places():
+    pytest.importorskip("timm")
+    explained = []
+    for name in SWEEP:
+        shares = shares_of_network(name)
+        print(name, shares or "refused", flush=True)
+        check_shares(name, shares)
+        explained += [name] if any(share is not None for share in shares.values()) else []
+    assert len(SWEEP) >= 40 and len(explained) >= 30, f"{len(explained)} of {len(SWEEP)} are explained"
+
+
+def test_the_oracle_can_fail():
+    """It notices a map that is transposed, mirrored or in the order of windows."""
+    images, places = changed_images((32, 32))
+    changes = (images[1:] - images[:1]).abs().mean(1)
+    changes = F.avg_pool2d(changes, 4) + 0.01
+    assert share_in_place(changes, places) == 1
+    for wrong in (changes.mT, changes.flip(1), changes.flip(2), windows(4)(changes[..., None]).view(PATCHES, 8, 8)):
+        assert share_in_place(wrong, places) < 0.6

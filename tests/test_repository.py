@@ -106,6 +106,37 @@ def test_relative_links_of_the_readme_exist():
     assert not broken, f"README.md points at {broken}"
 
 
+def promises() -> list[tuple[str, str]]:
+    """Return the rows of the book's table of promises, as stored: (promise, what keeps it)."""
+    cells = json.loads((ROOT / "nbs" / "design.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join(stored_text(output) for cell in cells for output in cell.get("outputs", []))
+    return [(promise, keeper) for promise, keeper in re.findall(r"^\| (.+) \| (.+) \|$", text, re.MULTILINE)
+            if promise != "promise" and set(promise) != set("-")]
+
+
+def missing_keepers(keeper: str) -> list[str]:
+    """Return the tests and notebooks that are named as keeping a promise and do not exist; `::test` is in the file before it."""
+    missing, file = [], None
+    for path, test in re.findall(r"`(tests/\w+\.py)?(?:::(\w+))?`", keeper):
+        file = path or file
+        if not path and not test:
+            continue
+        source = (ROOT / file).read_text(encoding="utf-8") if file and (ROOT / file).is_file() else ""
+        if not test or not re.search(rf"^def {test}\(", source, re.MULTILINE):
+            missing.append(f"{path}::{test}")
+    return missing + [link for link in re.findall(r"\]\(([^)#]+)", keeper) if not (ROOT / "nbs" / link).is_file()]
+
+
+def test_every_promise_names_the_tests_that_keep_it():
+    rows = promises()
+    assert len(rows) >= 18, "the table was not found"
+    for promise, keeper in rows:
+        assert re.search(r"`tests/\w+\.py::\w+`|\.ipynb\)", keeper), f"nothing keeps: {promise}"
+        assert not missing_keepers(keeper), f"{promise}: {missing_keepers(keeper)} do not exist"
+    assert missing_keepers("`tests/test_repository.py::test_not_there`") and missing_keepers("[gone](gone.ipynb)")
+    assert missing_keepers("`tests/test_repository.py`"), "a file is no test"
+
+
 def exported_modules(package: Path = PACKAGE) -> dict[str, Path]:
     """Return the modules that come from notebooks, by their dotted name; a package by its own."""
     by_hand = {package / name for name in WRITTEN_BY_HAND}

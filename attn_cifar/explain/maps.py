@@ -287,6 +287,8 @@ def _names(model: nn.Module, layers: Layers) -> list[str]:
     "Return the names of layers. Raises `InputError` for a module that is no part of `model`."
     names = {module: name for name, module in model.named_modules()}
     chosen = [layers] if isinstance(layers, (str, nn.Module)) else list(layers)
+    if wrong := [layer for layer in chosen if not isinstance(layer, (str, nn.Module))]:
+        raise InputError(f"layers= takes names or modules, not {wrong[0]!r}")
     if any(isinstance(layer, nn.Module) and not names.get(layer) for layer in chosen):
         raise InputError("layers= contains a module that is no layer of this model")
     return [names[layer] if isinstance(layer, nn.Module) else layer for layer in chosen]

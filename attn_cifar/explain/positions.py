@@ -108,7 +108,7 @@ def _orders(rows: int, columns: int) -> Tensor:
 
 # %% ../../nbs/explain/positions.ipynb #e30b901c
 def _agrees(changes: Tensor, needed: float = 3.0) -> tuple[bool, float]:
-    "Report whether each patch changes its own place, `changes` (8, rows, columns), and by how much more than other places, in nats."
+    "Report whether each patch changes its own place, `changes` (8, rows, columns), and by how much more than others, in nats."
     changes = changes / changes.mean((1, 2), keepdim=True).clamp(min=torch.finfo(changes.dtype).tiny)
     excess = (changes + 0.01).log()
     excess = excess - excess.mean(0) - excess.mean((1, 2), keepdim=True) + excess.mean()
@@ -134,6 +134,8 @@ def locate(
     best, largest = None, 0.0  # the score of a reading that agrees is positive
     for layout in _layouts(output, 1 + len(PATCHES), maps, aspect, token_axis):
         rows, columns = layout.grid
+        if layout.first is None and abs(rows - columns * aspect) > max(1, rows / 4):
+            continue  # not the image's proportions: one of these axes is of tokens or channels
         unusual = rows != round(columns * aspect) if layout.first is None else token_axis is None and output.dim() == 4
         if unusual and min(rows, columns) < 4:
             continue  # the test would be too weak
