@@ -111,7 +111,8 @@ def imitate(data: str, python: str, names: list[str]) -> None:
         shutil.copy(next((home / "wheels").glob("attn_cifar-*.whl")), alone)
         before = run([*colab, "pip", "freeze"], capture_output=True, text=True).stdout.splitlines()
         environment = {**os.environ, "PYTHONPATH": str(home / "site"), "ATTN_CIFAR_DATA": data, "ATTN_CIFAR_EPOCHS": "1",
-                       "HOME": str(home), "PATH": f"{home / 'venv' / 'bin'}:{os.environ['PATH']}"}
+                       "PYDEVD_DISABLE_FILE_VALIDATION": "1", "HOME": str(home),
+                       "PATH": f"{home / 'venv' / 'bin'}:{os.environ['PATH']}"}
         found: dict[str, float] = {}
         for path in wanted:
             shutil.copy(path, alone)

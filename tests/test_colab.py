@@ -104,7 +104,8 @@ def test_with_a_gpu_the_shipped_network_trains_completely(monkeypatch, capsys, n
         return SimpleNamespace(history=[{}] * calls[-1], evaluation=SimpleNamespace(accuracy=0.8))
 
     names = {"fit": fit, "device": "cuda" if gpu else "cpu", "model": None, "data": None, "classes": 10,
-             "result": SimpleNamespace(suggestion=0.03), "os": os, "torch": torch, "np": np, "create_model": create_model, "RECIPES": RECIPES,
+             "result": SimpleNamespace(suggestion=0.03), "os": os,
+             "torch": torch, "np": np, "create_model": create_model, "RECIPES": RECIPES,
              "load_results": load_results}
     exec(source, names)
     printed = capsys.readouterr().out

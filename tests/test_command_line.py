@@ -309,7 +309,8 @@ def test_the_help_of_study_lists_all_of_them():
     (("demo", "--minutes", "6", "--rehearse"), "study demo does not take --minutes: only gpu can"),
     (("lr_finders", "--out", "there"), "study lr_finders does not take --out: only demo, reproduction, ladder, beyond, gpu can"),
     (("gpu", "--minutes", "0"), "argument --minutes: must be a whole number from 1 to 1440, not '0'"),
-    (("gpu", "--data", "shapes"), "study gpu needs a GPU, and PyTorch sees none; --rehearse runs it without one, at reduced size"),
+    (("gpu", "--data", "shapes"), "study gpu needs a GPU, and PyTorch sees none; --rehearse runs it without one, at reduced "
+                                  "size"),
 ])
 def test_no_option_of_a_study_is_ignored(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
@@ -331,5 +332,6 @@ def test_a_rehearsal_of_the_gpu_study_is_no_result(tmp_path, monkeypatch, capsys
     stored = json.loads((tmp_path / "gpu.json").read_text())
     assert stored["rehearsal"] and [(row["part"], "error" in row) for row in stored["parts"]] == [("a", False), ("b", True)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert main(["study", "gpu", "--data", "shapes", "--out", str(tmp_path)]) == 2
     assert "holds the results of a rehearsal: name another folder with --out" in capsys.readouterr().err
