@@ -31,7 +31,7 @@ from ..models.inspection import count_macs
 from .page import Picture, data_uri
 from .verdicts import undefined_outputs
 from ..training.evaluation import Evaluation
-from ..training.runs import Run
+from ..training.runs import Run, stored_file
 from ..visualization.diagram import plot_network
 from ..visualization.plots import (
     plot_calibration, plot_classes, plot_confused, plot_confusion, plot_explanations, plot_history, plot_images, plot_lr_find,
@@ -96,8 +96,7 @@ class RunResults:
     @property
     def range_test(self) -> LRRangeTest:
         "The stored LR range test. Raises `InputError`."
-        stored = self.run.need_folder() / "lr_find.json"
-        if not stored.is_file():  # opening a named pipe would block
+        if (stored := stored_file(self.run.need_folder(), "lr_find.json")) is None:
             raise InputError("the run folder holds no lr_find.json")
         return LRRangeTest.load(stored)
 
@@ -194,7 +193,7 @@ def save_figure(
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         drawn = draw()
         content = drawn._repr_png_()
-    with replacing(folder / "figures" / f"{name}.png") as beside:
+    with replacing(folder / "figures" / f"{name}.png", folder) as beside:
         beside.write_bytes(content)
     width, height = (round(side * DPI) for side in drawn.figure.get_size_inches())
     return Picture(data_uri(content, "png"), "", width, height)
