@@ -60,12 +60,11 @@ def readings(shape, rows, columns):
         yield lambda x: x
     if len(shape) == 4 and shape[1:3] == (rows, columns):
         yield lambda x: x.permute(0, 3, 1, 2)
-    for axis in range(len(shape)):
-        for first in range(shape[axis] - rows * columns + 1 if len(shape) in (3, 4) else 0):
-            if shape[axis] <= rows * columns + 16:
-                yield lambda x, axis=axis, first=first: x.movedim(axis, -1).flatten(1, -2).narrow(
-                    2, first, rows * columns).unflatten(2, (rows, columns)) if axis else x.permute(1, 2, 0).narrow(
-                    2, first, rows * columns).unflatten(2, (rows, columns))
+    for axis in {3: (0, 1, 2), 4: (1, 2, 3)}.get(len(shape), ()):  # of the tokens; the images are in the first of the others
+        if rows * columns <= shape[axis] <= rows * columns + 16:
+            for first in range(shape[axis] - rows * columns + 1):
+                yield lambda x, axis=axis, first=first: x.movedim(axis, -1).movedim(1 if axis == 0 else 0, 0).flatten(1, -2)[
+                    ..., first : first + rows * columns].unflatten(-1, (rows, columns))
 
 
 def share_in_place(changes, places):
