@@ -7,6 +7,7 @@ from torch import nn
 
 from attn_cifar.data import InputError
 from attn_cifar.explain import blurred, check_explanations, explain
+from attn_cifar.explain.positions import locate, probe_images
 
 PATCHES = 22  # changed one at a time; 23 images are as many as the tokens of no grid
 
@@ -204,6 +205,28 @@ ORDERS = {"windows of 2": (8, windows(2)), "windows of 4": (8, windows(4)), "win
           "alternating": (8, lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1).flatten(1, 2)),
           "alternating on 6": (6, lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1).flatten(1, 2)),
           "shuffled": (8, lambda x: x.flatten(1, 2)[:, torch.randperm(64, generator=torch.Generator().manual_seed(3))])}
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 3), (3, 3), (4, 4), (7, 7)])
+def test_noise_has_no_places(size):
+    """What changes in a layer does not depend on where the image changes: hardly ever is there a layout."""
+    generator, found = torch.Generator().manual_seed(0), 0
+    for strength in [0.05, 0.3, 1.0, 2.0] * 25:
+        change = (strength * torch.randn(9, 1, *size, generator=generator)).exp()
+        change[0] = 0  # the image itself
+        found += locate(change, aspect=size[0] / size[1]) is not None
+    assert found <= 1, f"{found} of 100"
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 3), (4, 4), (7, 7)])
+def test_a_diffuse_layer_is_refused(size):
+    """Each patch changes the layer exactly at its place, but only a little more than elsewhere."""
+    images = probe_images(torch.randn(1, 3, 84, 84, generator=torch.Generator().manual_seed(0)))
+    own = F.adaptive_avg_pool2d((images - images[:1]).abs(), size)
+    own = own / own.amax((2, 3), keepdim=True).clamp(min=1e-9)
+    everywhere = torch.ones_like(own) * torch.arange(9)[:, None, None, None].sign()
+    assert locate(own + 0.01 * everywhere, aspect=size[0] / size[1]) is not None
+    assert locate(0.1 * own + everywhere, aspect=size[0] / size[1]) is None
 
 
 @pytest.mark.parametrize("order", ORDERS)
