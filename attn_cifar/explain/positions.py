@@ -104,7 +104,7 @@ def _orders(rows: int, columns: int) -> Tensor:
         if rows % side == 0 and columns % side == 0:
             windows = raster.view(rows // side, columns // side, side, side)
             orders.append(windows.transpose(1, 2).reshape(rows, columns))
-    if min(rows, columns) < 4 and rows * columns <= 16:  # few places: no two of them may be swapped
+    if rows * columns <= 6:  # few places: no two of them may be swapped
         for one, other in torch.combinations(raster.flatten()).tolist():
             swapped = raster.flatten().clone()
             swapped[[one, other]] = swapped[[other, one]]
