@@ -312,7 +312,7 @@ _VERDICT_TEXTS = {
     "indifferent": "a network with shuffled weights gives the same maps"}
 
 # %% ../../nbs/report/sections.ipynb #0fe1aae9
-EXPLAINED_SIDE = 160  # pixels: larger explained images are reduced
+EXPLAINED_SIDE = 224  # pixels: larger explained images are reduced
 
 
 def _overlays(explanation: Explanation, pictures: Sequence[np.ndarray], names: list[str]) -> list[Picture]:
