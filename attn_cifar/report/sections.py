@@ -312,7 +312,7 @@ _VERDICT_TEXTS = {
     "indifferent": "a network with shuffled weights gives the same maps"}
 
 # %% ../../nbs/report/sections.ipynb #0fe1aae9
-EXPLAINED_SIDE = 160  # pixels: larger explained images are reduced
+EXPLAINED_SIDE = 224  # pixels: larger explained images are reduced
 
 
 def _overlays(explanation: Explanation, pictures: Sequence[np.ndarray], names: list[str]) -> list[Picture]:
@@ -353,25 +353,21 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     return Section("explanations", "What the network looks at", text, strips=strips)
 
 # %% ../../nbs/report/sections.ipynb #0f96b2ee
-def _faithfulness_table(checks: list[Faithfulness]) -> Table:
-    "List the verdict of each layer with the numbers behind it."
-    rows = [(check.layer, check.verdict, f"{check.gain:+.3f} ± {check.error:.3f}", f"{check.deletion:.2f}",
-             f"{check.insertion:.2f}", f"{check.resemblance:+.2f}") for check in checks]
+def _faithfulness_table(check: Faithfulness) -> Table:
+    "List the numbers behind the verdict on a method."
+    row = (check.layer, check.verdict, f"{check.gain:+.3f} ± {check.error:.3f}", f"{check.deletion:.2f}",
+           f"{check.insertion:.2f}", f"{check.resemblance:+.2f}")
     head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Likeness to shuffled weights"
-    return Table(head, rows, f"Can they be believed? Measured on {checks[0].images} test images", folded=True)
+    return Table(head, [row], f"Can they be believed? Measured on {check.images} test images", folded=True)
 
 # %% ../../nbs/report/sections.ipynb #5666c3e9
 def _explanations(results: RunResults, pictures: Mapping[str, Picture], method: str) -> Section:
     "Show the maps of one method over the explained images, and whether they can be believed."
-    data, shown, maps = results.data, _shown_pictures(results), results.maps(method)
-    checks = results.checks(method)
-    names = [data.class_names[int(target)] for target in maps[0].targets[:len(shown)]]
-    strips = [(f"{explanation.layer}: {check.verdict}", _overlays(explanation, shown, names))
-              for explanation, check in zip(maps, checks, strict=True)]
-    words, name = dict.fromkeys(check.verdict for check in checks), METHOD_NAMES[method]
-    text = _METHOD_TEXTS[method] + "".join(f" {word.capitalize()}: {_VERDICT_TEXTS[word]}." for word in words)
-    return Section(method.replace("_", "-"), name[0].upper() + name[1:], text, strips=strips,
-                   tables=[_faithfulness_table(checks)])
+    shown, explanation, check = _shown_pictures(results), results.maps(method), results.check(method)
+    names, name = [results.data.class_names[int(target)] for target in explanation.targets], METHOD_NAMES[method]
+    text = f"{_METHOD_TEXTS[method]} {check.verdict.capitalize()}: {_VERDICT_TEXTS[check.verdict]}."
+    return Section(method.replace("_", "-"), name[0].upper() + name[1:], text, tables=[_faithfulness_table(check)],
+                   strips=[(f"{explanation.layer}: {check.verdict}", _overlays(explanation, shown, names))])
 
 # %% ../../nbs/report/sections.ipynb #6ea400f2
 _Maker = Callable[[RunResults, Mapping[str, Picture]], Section]
@@ -439,7 +435,7 @@ def make_report(
     run: Run | str | os.PathLike,  # a run that was stored, or its folder
     data: ImageData,  # the images it was trained and tested on
 ) -> Path:
-    "Write `figures/*.png`, `faithfulness.json` and `report.html` into the run folder; return the page's path. Raises `InputError`."
+    "Write figures, `faithfulness.json` and `report.html` into the run folder; return the page's path. Raises `InputError`."
     run = run if isinstance(run, Run) else load_run(run)
     check_data(run, data)
     folder, results = run.need_folder(), RunResults(run, data)
