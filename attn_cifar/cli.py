@@ -117,7 +117,8 @@ _POSITIONALS: dict[str, dict[str, Any]] = {
     "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; several: a page that compares them"},
     "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders, explanations, beyond or gpu"}}
+    "name": {"metavar": "NAME",
+             "help": "demo, reproduction, ladder, speed, lr_finders, explanations, beyond, photographs or gpu"}}
 _SOURCE = "--data", "--image-size", "--skip-bad"  # the options that choose images
 
 # %% ../nbs/cli/cli.ipynb #cbe288d8

@@ -132,8 +132,8 @@ class RunResults:
     def check(self, method: str) -> Faithfulness:
         "Measure on other images whether the maps of one method are faithful. Raises `InputError`."
         if method not in self._checks:
-            layer = self.maps(method).layer
-            (self._checks[method],) = measure_faithfulness(self.run.need_model(), self.data, self.judged, method, [layer], steps=4)
+            model, layer = self.run.need_model(), self.maps(method).layer
+            (self._checks[method],) = measure_faithfulness(model, self.data, self.judged, method, [layer], steps=4)
         return self._checks[method]
 
     @property
