@@ -205,6 +205,8 @@ class Checkpoints:
         stored = self.state.load(folder / CHECKPOINT, self._check)
         self.run.history, self.run.steps = stored["history"], stored["steps"]
         if trainer.totals.sizes:  # stopped inside an epoch
+            if trainer.batches.position != len(trainer.totals.sizes):
+                raise InputError(f"{self.path} is not a checkpoint of this run (its counts of steps differ)")
             trainer.batches.resume()
         if steps := trainer.plan_longer(len(self.run.steps["loss"]) + len(trainer.totals.sizes)):
             self.state.parts["scheduler"] = trainer.scheduler
@@ -221,6 +223,8 @@ class Checkpoints:
             raise InputError(f"{self.path} is not a checkpoint of this run ({error})") from error
         if self.trainer.processes.rank == 0 or "identity" in notes:
             check_identity(notes, self.run.config, self.path)
+        if len(notes["steps"]["loss"]) != len(notes["history"]) * len(self.trainer.batches):
+            raise InputError(f"{self.path} is not a checkpoint of this run (its epochs have another number of steps)")
 
 # %% ../../nbs/04_training.ipynb #50072233
 class TrainingRun:
