@@ -408,7 +408,7 @@ def test_columns_without_content_are_left_out(tmp_path):
     labels = torch.arange(40) % 2
     run, data = make_run(tmp_path / "run", torch.nn.functional.one_hot(labels, 2).float(), labels)
     text = Page(make_report(run, data).read_text(encoding="utf-8")).text
-    assert "Taken for" not in text and "No mistakes." in text
+    assert "Mistaken for" not in text and "No mistakes." in text
     before = (tmp_path / "run" / "report.html").read_bytes()
     assert make_report(run, data).read_bytes() == before, "a report made again is the same"
 

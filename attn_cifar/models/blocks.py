@@ -90,7 +90,7 @@ class Ultimus(nn.Module):
 
 # %% ../../nbs/02_models.ipynb #da628106
 class _ThreadList(list[Tensor]):
-    "A list that ignores what other threads than its creator append."
+    "A list that ignores what threads other than its creator append."
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class RelativePosition(nn.Module):
     def __init__(
         self,
         heads: int,
-        reach: int,  # larger distances share the number of this one
+        reach: int,  # larger distances share the score of this one
     ):
         super().__init__()
         self.reach = reach
