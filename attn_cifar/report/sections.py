@@ -130,7 +130,7 @@ def _confusion(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     wrong, names = evaluation.confusion.clone().fill_diagonal_(0), evaluation.class_names
     true, guess = divmod(int(wrong.argmax()), len(wrong))
     often = f"{int(wrong[true, guess]):,} of {int(evaluation.confusion[true].sum()):,} times"
-    text = f"The most common mistake: {names[true]} taken for {names[guess]}, {often}." if wrong.any() else "No mistakes."
+    text = f"The most common mistake: {names[true]} mistaken for {names[guess]}, {often}." if wrong.any() else "No mistakes."
     alt = f"Confusion matrix of {len(names)} classes, {percent(evaluation.accuracy)} on the diagonal. {text}"
     if len(names) <= MAX_MATRIX:
         return Section("confusion", "Confusion", f"{text} Rows are true classes, columns predicted ones.",
@@ -165,7 +165,7 @@ def _cell_picture(shares: np.ndarray, alt: str) -> Picture:
 def _classes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "List the accuracy of each class and its most common mistake; of many classes, the hardest first."
     rows = [(name, f"{count:,}", share, mistaken) for name, count, share, mistaken in class_table(results.predictions)]
-    head = "Class", "Images", "Recognized", "Taken for"
+    head = "Class", "Images", "Recognized", "Mistaken for"
     if len(rows) <= MAX_MATRIX:
         return Section("classes", "Classes", "", tables=[Table(head, rows)])
     hardest = sorted((row for row in rows if row[1] != "0"), key=lambda row: row[2])[:10]
@@ -189,7 +189,7 @@ def _calibration(results: RunResults, pictures: Mapping[str, Picture]) -> Sectio
     error = 100 * evaluation.calibration_error
     alt = f"Reliability diagram of {len(rows)} ranges of probability; expected calibration error {error:.1f} points."
     text = (f"Probability and share of right answers are {error:.1f} points apart on average (expected calibration error). Below "
-            "the dashed line, the network claims too much.")
+            "the dashed line, the network is overconfident.")
     return Section("calibration", "Calibration", text, plots=_show(pictures, "calibration", alt),
                    tables=[Table(("Probability", "Images", "Mean", "Right"), rows, "The ranges in numbers", folded=True)])
 
@@ -275,9 +275,9 @@ def _remake(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     text = (f"The data is {images['name']}: {images['train']:,} training and {images['test']:,} test images. If it is a "
             "folder, give its path. The same seed gives the same weights on the same kind of machine.")
     given = run.config.get("notes", {}).get("command")
-    code = [("The command as it was given", given), ("A command that leaves nothing open", remake_command(run)),
+    code = [("The command as given", given), ("The full command", remake_command(run)),
             ("In Python", remake_python(run))]
-    return Section("remake", "Make it again", text, code=[(label, words) for label, words in code if words])
+    return Section("remake", "Reproduce it", text, code=[(label, words) for label, words in code if words])
 
 # %% ../../nbs/report/sections.ipynb #ea8e4da3
 MISTAKES = 12  # images shown
@@ -376,7 +376,7 @@ _Maker = Callable[[RunResults, Mapping[str, Picture]], Section]
 def _confusions(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Make the card whose panels show confusion, classes and pairs."
     mistakes = len(results.predictions.misclassified)
-    return Section("confusions", "What is taken for what" if mistakes else "No mistakes")
+    return Section("confusions", "What is mistaken for what" if mistakes else "No mistakes")
 
 
 def _setup(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
@@ -422,7 +422,7 @@ def check_data(run: Run, data: ImageData) -> None:
     "Raise `InputError` for a run without a folder, and for images that are not the run's."
     data.check()
     if run.folder is None:
-        raise InputError("this run was not stored, so its report has no place: train with fit(..., out=FOLDER)")
+        raise InputError("this run was not stored, so there is no folder for its report: train with fit(..., out=FOLDER)")
     name = run.config["data"]["name"]
     if list(data.class_names) != run.config["data"]["class_names"]:
         raise InputError(f"these are not the images of the run: {data.name} has other classes than {name} had")
