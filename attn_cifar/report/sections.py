@@ -300,15 +300,15 @@ def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 # %% ../../nbs/report/sections.ipynb #3361ce9c
 _METHOD_TEXTS = {
     "grad_cam": "Where a layer holds evidence for the predicted class.",
-    "attention_rollout": "How attention carries each place through all layers up to this one, whatever the class.",
-    "gradient_attention": "How attention carries each place through the layers, as far as it raises the logit of the predicted "
-                          "class.",
+    "attention_rollout": "How attention carries each position through all layers up to this one, whatever the class.",
+    "gradient_attention": "How attention carries each position through the layers, as far as it raises the logit of the "
+                          "predicted class.",
     "attention": "How much attention each position receives from all others, layer by layer.",
 }
 _VERDICT_TEXTS = {
     "believable": "masking the highlighted area hurts the prediction more than masking an equal area elsewhere",
     "misleading": "masking the highlighted area hurts the prediction less than masking an equal area elsewhere",
-    "unproven": "masking the highlighted area hurts no more than chance would", "empty": "the maps carry no information",
+    "unproven": "masking the highlighted area hurts no more than chance would explain", "empty": "the maps carry no information",
     "indifferent": "a network with shuffled weights gives the same maps"}
 
 # %% ../../nbs/report/sections.ipynb #0fe1aae9
@@ -327,7 +327,7 @@ def _overlays(explanation: Explanation, pictures: Sequence[np.ndarray], names: l
 
 # %% ../../nbs/report/sections.ipynb #1e989a18
 def _shown_pictures(results: RunResults) -> list[np.ndarray]:  # uint8 (H, W, 3) each
-    "Return the photographs behind the explained images; the network's input where there is none."
+    "Return the photographs behind the explained images; the network's input if there is none."
     return [np.array(results.data.test_images[index]) if photograph is None else photograph
             for index, photograph in zip(results.explained, results.photographs, strict=True)]
 
@@ -357,7 +357,7 @@ def _faithfulness_table(check: Faithfulness) -> Table:
     "List the numbers behind the verdict on a method."
     row = (check.layer, check.verdict, f"{check.gain:+.3f} ± {check.error:.3f}", f"{check.deletion:.2f}",
            f"{check.insertion:.2f}", f"{check.resemblance:+.2f}")
-    head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Likeness to shuffled weights"
+    head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Similarity to shuffled weights"
     return Table(head, [row], f"Can they be believed? Measured on {check.images} test images", folded=True)
 
 # %% ../../nbs/report/sections.ipynb #5666c3e9
