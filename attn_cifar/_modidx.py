@@ -1606,6 +1606,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                     'attn_cifar/training/loop.py'),
                                           'attn_cifar.training.loop.TrainingRun.__init__': ( 'training.html#trainingrun.__init__',
                                                                                              'attn_cifar/training/loop.py'),
+                                          'attn_cifar.training.loop.TrainingRun._past_peak': ( 'training.html#trainingrun._past_peak',
+                                                                                               'attn_cifar/training/loop.py'),
                                           'attn_cifar.training.loop.TrainingRun.evaluate': ( 'training.html#trainingrun.evaluate',
                                                                                              'attn_cifar/training/loop.py'),
                                           'attn_cifar.training.loop.TrainingRun.finish_epoch': ( 'training.html#trainingrun.finish_epoch',

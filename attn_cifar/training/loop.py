@@ -7,6 +7,7 @@ __all__ = ['CHECKPOINT', 'check_output', 'leaves_out_last_batch', 'Trainer', 'Ch
 
 # %% ../../nbs/04_training.ipynb #7d1f9031
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -296,8 +297,12 @@ class TrainingRun:
         self.trainer.totals.reset()
         if self.verbose:
             print(_epoch_line(self.run.history[-1], self.epochs), flush=True)
-        if len(self.run.history) == min(2, self.epochs) and self.first:
+        if len(self.run.history) == self._past_peak() and self.first:
             warn_standstill(self.run.steps["loss"], self.run.history[-1]["train_loss"])
+
+    def _past_peak(self) -> int:
+        "Return the first epoch, of at least two, that begins after the learning rate's peak; before it, a loss may stand still."
+        return min(self.epochs, max(2, math.ceil(self.trainer.recipe.pct_start * self.epochs) + 1))
 
     def evaluate(self) -> None:
         "Run the model over the test images."
