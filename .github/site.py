@@ -26,10 +26,11 @@ myst_heading_anchors = 3
 html_theme = "sphinx_book_theme"
 html_title = project
 html_theme_options = {{"show_toc_level": 2, "use_download_button": False, "home_page_in_toc": True,
-                      "pygments_dark_style": "github-dark", "navbar_persistent": []}}
+                      "pygments_dark_style": "a11y-high-contrast-dark", "navbar_persistent": []}}
 html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 """
 BADGE = "![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)"
 STYLE = """
@@ -38,6 +39,12 @@ html[data-theme=dark] .bd-content .cell_output img { background: #fff; border-ra
 .bd-article table { display: block; overflow-x: auto; font-size: .875em; }
 .bd-article table td, .bd-article table th { padding: .35rem .5rem; }
 .bd-article :not(pre) > code { overflow-wrap: anywhere; }
+"""
+SCRIPT = """
+document.addEventListener("DOMContentLoaded", () => {
+  for (const table of document.querySelectorAll(".bd-article table")) table.tabIndex = 0;  // it may scroll sideways
+  for (const button of document.querySelectorAll(".search-button-field")) button.removeAttribute("aria-label");  // has a text
+});
 """
 
 
@@ -134,6 +141,7 @@ def write_source(folder: Path) -> None:
     (folder / "conf.py").write_text(CONFIGURATION.format(name=settings["DEFAULT"]["lib_name"], **names), encoding="utf-8")
     (folder / "_static").mkdir()
     (folder / "_static" / "site.css").write_text(STYLE, encoding="utf-8")
+    (folder / "_static" / "site.js").write_text(SCRIPT, encoding="utf-8")
     shutil.copytree(ROOT / "nbs" / "images", folder / "nbs" / "images")
     chapters, details, studies, origins = ["Quickstart <nbs/quickstart>"], [], [], {}
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):

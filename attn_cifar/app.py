@@ -248,7 +248,7 @@ def make_app(
         import gradio
     except ImportError as error:
         raise InputError("the page needs Gradio, which is not installed: pip install gradio") from error
-    look = _known(gradio.Blocks, theme=_theme())
+    look = _known(gradio.Blocks, **_look())
     with gradio.Blocks(title="What is on this picture?", analytics_enabled=False, **look) as page:
         gradio.HTML(_introduction(classifier))
         files = gradio.File(label="Pictures", file_count="multiple", type="filepath")
@@ -259,11 +259,13 @@ def make_app(
     return page
 
 # %% ../nbs/cli/app.ipynb #a8ecf640
-def _theme() -> Any:  # gradio.themes.Default
-    "Return Gradio's theme without fonts from the web."
+def _look() -> dict[str, Any]:
+    "Return options for Gradio's theme, without fonts from the web, and for contrast and names that a screen reader can use."
     import gradio
 
-    return gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    rename = "() => document.querySelectorAll('button.upload-container').forEach(button => button.removeAttribute('aria-label'))"
+    return {"theme": gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            "css": ".upload-container .or { color: inherit !important }", "js": rename}
 
 # %% ../nbs/cli/app.ipynb #9be6cbae
 class _OnlyThisServer:
@@ -303,7 +305,7 @@ def _launch(
     import gradio
     from starlette.middleware import Middleware
 
-    options = _known(gradio.Blocks.launch, theme=_theme(), footer_links=[], show_api=False, ssr_mode=False)
+    options = _known(gradio.Blocks.launch, **_look(), footer_links=[], show_api=False, ssr_mode=False)
     try:
         page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
                     max_file_size=MAX_UPLOAD, app_kwargs={"middleware": [Middleware(_OnlyThisServer)]}, **options)

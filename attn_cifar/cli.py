@@ -117,7 +117,8 @@ _POSITIONALS: dict[str, dict[str, Any]] = {
     "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; several: a page that compares them"},
     "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
-    "name": {"metavar": "NAME", "help": "demo, reproduction, ladder, speed, lr_finders, explanations, beyond or gpu"}}
+    "name": {"metavar": "NAME",
+             "help": "demo, reproduction, ladder, speed, lr_finders, explanations, beyond, photographs or gpu"}}
 _SOURCE = "--data", "--image-size", "--skip-bad"  # the options that choose images
 
 # %% ../nbs/cli/cli.ipynb #cbe288d8
@@ -618,8 +619,8 @@ def _explain(arguments: argparse.Namespace) -> _Result:
     _draw_explanations(pages, arguments.images, classifier, images, explanations, measured)
     classes = [classifier.class_names[int(target)] for target in explanations[0].targets]
     value = {"files": [str(page) for page in pages], "classes": list(zip(arguments.images, classes, strict=True)),
-             "maps": [{"method": explanation.method, "layer": explanation.layer, "verdict": None} if found is None else
-                      {**asdict(found), "verdict": found.verdict} for explanation, found in zip(explanations, measured, strict=True)]}
+             "maps": [{"method": made.method, "layer": made.layer, "verdict": None} if found is None else
+                      {**asdict(found), "verdict": found.verdict} for made, found in zip(explanations, measured, strict=True)]}
     return _Result(value, _explanation_lines(value, explanations[0].probabilities.tolist(), measured))
 
 

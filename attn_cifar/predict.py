@@ -37,7 +37,7 @@ class Classifier:
     std: tuple[float, ...]
     image_size: int  # height and width in pixels
     confusion: Tensor | None = field(default=None, compare=False, repr=False)  # int64 (C, C): test images by true and given class
-    faithfulness: Sequence[Faithfulness] = field(default=(), compare=False, repr=False)  # of its explanations; empty: not measured
+    faithfulness: Sequence[Faithfulness] = field(default=(), compare=False, repr=False)  # empty: not measured
 
     def read(
         self,

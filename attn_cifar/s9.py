@@ -272,7 +272,7 @@ def create_tensorboard_writer(
 
 # %% ../nbs/10_s9.ipynb #3d277904
 def _image_file(img_save_path: str | os.PathLike, name: str) -> Path:
-    "Return the path of an image: in a folder, or with `img_save_path` as the beginning of its name."
+    "Return the path of an image: in a folder, or with `img_save_path` as a prefix of its name."
     text = os.fspath(img_save_path)
     is_folder = isinstance(img_save_path, Path) or text.endswith(("/", os.sep)) or os.path.isdir(text)
     path = Path(text) / name if is_folder else Path(text + name)
@@ -311,7 +311,7 @@ def _save_curve(values: Sequence[float], path: Path, title: str, xlabel: str, yl
 # %% ../nbs/10_s9.ipynb #4f1c00cd
 def plot_onecyclelr_curve(
     counters: Mapping[str, Sequence[float]] | Sequence[float],  # with "train_lr", or the learning rates themselves
-    img_save_path: str | os.PathLike,  # folder, or beginning of the file name
+    img_save_path: str | os.PathLike,  # folder, or prefix of the file name
 ) -> None:
     "Write `OnecycleLR_Curve.jpg`, the learning rate over the steps."
     from attn_cifar.visualization.plots import plot_schedule
@@ -343,7 +343,7 @@ class cifar10_plots:
 
     def __init__(
         self,
-        img_save_path: str | os.PathLike,  # folder, or beginning of the file names
+        img_save_path: str | os.PathLike,  # folder, or prefix of the file names
         tb_writer: "SummaryWriter",
         class_names: Sequence[str] | None = None,  # in label order; None: those of the latest loader, or CIFAR-10's
     ):
@@ -456,7 +456,7 @@ class LRRangeFinder:
         tb_writer: "SummaryWriter",  # gets the learning rates as `Range_Test`
         dataloader: torch.utils.data.DataLoader | Collection,  # batches (images, labels)
         device: torch.device | str,
-        img_save_path: str | os.PathLike,  # folder, or beginning of the file name
+        img_save_path: str | os.PathLike,  # folder, or prefix of the file name
     ):
         self.model, self.epochs, self.start_lr, self.end_lr = model, epochs, start_lr, end_lr
         self.tb_writer, self.dataloader, self.device, self.img_save_path = tb_writer, dataloader, device, img_save_path

@@ -283,6 +283,21 @@ def test_decoding_is_bounded(tmp_path, form, mode):
     assert grown < 25e6 * (18 if form == "WEBP" else 12), f"{grown / 1e6:.0f} MB"
 
 
+def test_the_note_counts_images_that_lose_a_part(tmp_path, caplog):
+    """Resizing a square loses nothing, so it needs no note; a phone's sideways picture is as long as an upright one."""
+    sideways = Image.Exif()
+    sideways[0x0112] = 6  # rotate by 90°
+    for split, sizes in (("train", [(64, 64), (32, 32), (16, 16), (64, 48), (32, 33)]), ("test", [(64, 64), (32, 32)])):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for index, size in enumerate(sizes):
+                picture = Image.new("RGB", size, (40 * index, 90, 200 if name == "cat" else 30))
+                picture.save(tmp_path / "photos" / split / name / f"{index}.png", exif=sideways)
+    load_data(tmp_path / "photos")
+    assert [record.getMessage() for record in caplog.records] == [
+        "4 of 10 training images are not square and lose a part: the square in their middle is used"]
+
+
 def test_strips_give_the_same_pixels(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     rgba = Image.fromarray(rng.integers(0, 256, (50, 40, 4), dtype=np.uint8))

@@ -26,6 +26,7 @@ from PIL import Image
 from attn_cifar.cli import make_parser
 from attn_cifar.core import InputError
 from attn_cifar.data import ImageData, load_data
+from attn_cifar.explain import METHODS, read_faithfulness
 from attn_cifar.lr_finder import find_lr
 from attn_cifar.models import create_model
 from attn_cifar.report import figures, make_comparison, make_report, paired_difference, remake_command, sections, verdicts
@@ -96,14 +97,16 @@ def test_curves_tell_the_value_under_the_pointer(browser, run_folder):
 WORDS = {"believable", "unproven", "misleading", "indifferent", "empty"}
 
 
-def test_every_layer_has_one_verdict(browser, run_folder):
+def test_every_method_has_one_verdict(browser, run_folder):
     open_page(browser, (run_folder / "report.html").resolve().as_uri(), 390, "light")
     for panel in ("grad-cam", "attention-rollout", "gradient-attention", "attention"):
         browser.execute_script("document.getElementById(arguments[0] + '-tab').click()", panel)
         lines = [line.text for line in browser.find_elements("css selector", f"#{panel} .strip > div")]
-        assert lines and all(line.rpartition(": ")[2] in WORDS for line in lines), panel
+        assert len(lines) == 1 and lines[0].rpartition(": ")[2] in WORDS, panel
         captions = [caption.text for caption in browser.find_elements("css selector", f"#{panel} figcaption")]
-        assert not WORDS - {"empty"} & set(captions), "a verdict is about a layer, not about a picture"
+        assert not WORDS - {"empty"} & set(captions), "a verdict is about a method, not about a picture"
+    stored = {check.method: check for check in read_faithfulness(run_folder)}
+    assert set(stored) == set(METHODS) and all(check.images >= 10 for check in stored.values()), "it is kept with the run"
 
 
 class Page(HTMLParser):
@@ -405,7 +408,7 @@ def test_columns_without_content_are_left_out(tmp_path):
     labels = torch.arange(40) % 2
     run, data = make_run(tmp_path / "run", torch.nn.functional.one_hot(labels, 2).float(), labels)
     text = Page(make_report(run, data).read_text(encoding="utf-8")).text
-    assert "Taken for" not in text and "No mistakes." in text
+    assert "Mistaken for" not in text and "No mistakes." in text
     before = (tmp_path / "run" / "report.html").read_bytes()
     assert make_report(run, data).read_bytes() == before, "a report made again is the same"
 

@@ -236,7 +236,8 @@ def test_damaged_notes_of_a_checkpoint_are_refused(run, data):
     path = run / "checkpoint" / "state.safetensors"
     tree = read_tensors(path)
     for notes in ({}, {**tree["notes"], "history": [{}]}, {**tree["notes"], "steps": {"loss": [1.0]}},
-                  {**tree["notes"], "identity": 3}, {**tree["notes"], "history": tree["notes"]["history"] * 2}):
+                  {**tree["notes"], "identity": 3}, {**tree["notes"], "history": tree["notes"]["history"] * 2},
+                  {**tree["notes"], "history": []}):
         write_tensors(path, {**tree, "notes": notes})
         refusal(lambda: train(data, run, resume=True))
 

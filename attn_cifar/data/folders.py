@@ -381,7 +381,7 @@ _allowance = _Allowance(_MOST_PIXELS)
 
 # %% ../../nbs/data/folders.ipynb #c0ab8132
 def _decode(path: str | os.PathLike, size: int) -> tuple[np.ndarray, bool, bool]:
-    """Read one image: uint8 (size, size, 3), whether it was resized, and whether it has several frames.
+    """Read one image: uint8 (size, size, 3), whether it lost a part to become square, and whether it has several frames.
 
     Raises whatever PIL raises for a broken file, `ValueError` for one that is too large.
     """
@@ -393,8 +393,8 @@ def _decode(path: str | os.PathLike, size: int) -> tuple[np.ndarray, bool, bool]
         with _allowance.take(image.width * image.height):
             ImageOps.exif_transpose(image, in_place=True)
             rgb = _convert(image)
-            resized = rgb.size != (size, size)
-            return np.array(ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS) if resized else rgb), resized, several
+            fitted = rgb if rgb.size == (size, size) else ImageOps.fit(rgb, (size, size), Image.Resampling.LANCZOS)
+            return np.array(fitted), rgb.width != rgb.height, several
 
 # %% ../../nbs/data/folders.ipynb #015eaf93
 def _explain(path: str | os.PathLike, error: Exception) -> str:
@@ -429,10 +429,10 @@ def read_image(
 
 # %% ../../nbs/data/folders.ipynb #2a97ce55
 def _attempt(path: str, image: np.ndarray) -> bool | Exception:
-    "Decode a file into an image, uint8 (size, size, 3). Return whether it was resized, or the error."
+    "Decode a file into an image, uint8 (size, size, 3). Return whether it lost a part, or the error."
     try:
-        image[:], resized, _ = _decode(path, len(image))
-        return resized
+        image[:], cropped, _ = _decode(path, len(image))
+        return cropped
     except Exception as error:  # PIL raises many kinds for a broken file
         return error
 
@@ -483,8 +483,9 @@ def _decode_all(
     good = np.array([not isinstance(result, Exception) for result in results])
     if not good.any():
         raise InputError(f"none of the {what} images could be read")
-    if resized := sum(result is True for result in results):
-        _log.warning("%d of %d %s images were cropped to a square and resized to %d×%d", resized, good.sum(), what, size, size)
+    if cropped := sum(result is True for result in results):
+        _log.warning("%d of %d %s images are not square and lose a part: the square in their middle is used",
+                     cropped, good.sum(), what)
     for place, kept in enumerate(np.flatnonzero(good)):  # in place, one image at a time
         if place < kept:
             images[place] = images[kept]

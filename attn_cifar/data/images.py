@@ -31,7 +31,7 @@ def _stratified(
     return np.sort(np.argsort(rank, kind="stable")[:count])
 
 # %% ../../nbs/01_data.ipynb #48227efd
-_LAYOUTS = {  # by the number of dimensions and the likely place of the channels: what helps
+_LAYOUTS = {  # fixes for common wrong shapes
     "gray": "gray images (N, H, W): use np.repeat(images[..., None], 3, axis=3)",
     "one": "one channel: use np.repeat(images, 3, axis=3)",
     "alpha": "four channels: drop the last, images[..., :3]",
@@ -40,7 +40,7 @@ _LAYOUTS = {  # by the number of dimensions and the likely place of the channels
 
 
 def _layout(shape: tuple[int, ...]) -> str:
-    "Return what is wrong with a shape that is not (N, H, W, 3), if it is one of the usual ones."
+    "Return the fix for a shape that is not (N, H, W, 3), if it is a common one."
     if len(shape) == 3:
         return _LAYOUTS["gray"]
     if len(shape) == 4 and shape[3] in (1, 4):
@@ -53,11 +53,11 @@ def _as_array(values: Any, name: str) -> np.ndarray:
     try:
         return np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, a tensor on a GPU
-        raise InputError(f"{name} cannot be made an array ({error})") from None
+        raise InputError(f"{name} cannot be converted to an array ({error})") from None
 
 # %% ../../nbs/01_data.ipynb #d745f2f4
 def _check_images(images: Any, name: str) -> np.ndarray:  # uint8 (N, H, W, 3)
-    "Return images as an array, memory-mapped ones as they are. Raises `InputError` for another type or shape."
+    "Return images as an array, without copying memory-mapped ones. Raises `InputError` for a wrong type or shape."
     if not isinstance(images, np.ndarray):
         images = _as_array(images, name)
     if images.ndim != 4 or images.shape[3] != 3:
@@ -66,12 +66,12 @@ def _check_images(images: Any, name: str) -> np.ndarray:  # uint8 (N, H, W, 3)
         scale = "round(255 * images) if they lie in 0..1" if images.dtype.kind == "f" else "values in 0..255"
         raise InputError(f"{name} is {images.dtype}, but pixels are uint8, 0 to 255: convert them ({scale})")
     if 0 in images.shape:
-        raise InputError(f"{name} has the shape {images.shape}: there is no image in it")
+        raise InputError(f"{name} has the shape {images.shape}: it contains no image")
     return images
 
 # %% ../../nbs/01_data.ipynb #2c2c8ce1
 def _check_labels(labels: Any, name: str, count: int, classes: int) -> np.ndarray:  # int64 (N,)
-    "Return labels as int64 (count,). Raises `InputError` for other numbers than 0 .. classes - 1."
+    "Return labels as int64 (count,). Raises `InputError` for labels outside 0 .. classes - 1."
     labels = labels if isinstance(labels, np.ndarray) else _as_array(labels, name)
     if labels.ndim == 2 and labels.shape[1] == 1:  # as Keras delivers them
         labels = labels[:, 0]
@@ -89,7 +89,7 @@ def _check_labels(labels: Any, name: str, count: int, classes: int) -> np.ndarra
 
 # %% ../../nbs/01_data.ipynb #0527fb28
 def _check_names(names: Any) -> tuple[str, ...]:
-    "Return class names as a tuple of texts. Raises `InputError` for none, equal ones or a single text."
+    "Return class names as a tuple of strings. Raises `InputError` if there are none, or duplicates."
     names = (names,) if isinstance(names, str) else tuple(str(name) for name in names)
     if not names or len(set(names)) < len(names):
         raise InputError(f"class_names needs one different name per class, not {names}")
@@ -97,7 +97,7 @@ def _check_names(names: Any) -> tuple[str, ...]:
 
 
 def _check_channels(values: Any, name: str, least: float) -> tuple[float, float, float]:
-    "Return three numbers of least .. 1. Raises `InputError`."
+    "Return three numbers in `least` .. 1. Raises `InputError`."
     numbers = _as_array(values, name)
     if numbers.shape != (3,) or numbers.dtype.kind not in "fiu" or not ((least <= numbers) & (numbers <= 1)).all():
         raise InputError(f"{name} needs three numbers, one per channel, measured on pixels in 0..1"
@@ -124,8 +124,8 @@ def _checked(data: "ImageData") -> dict[str, Any]:
 class ImageData:
     """A labeled image data set: training and test images, class names and normalization.
 
-    Your own arrays are checked once: labels of any integer type become int64; anything else raises `InputError` in `check`, and
-    so in `split`, `subset` and `Batches`.
+    Your own arrays are checked once: labels of any integer type become int64; other mistakes raise `InputError` in `check`,
+    which `split`, `subset` and `Batches` call.
     """
     train_images: np.ndarray  # uint8 (N, H, W, 3)
     train_labels: np.ndarray  # int64 (N,)
@@ -147,7 +147,7 @@ class ImageData:
             object.__setattr__(self, name, value)
 
     def check(self) -> "ImageData":
-        "Return the same value. Raises `InputError` for arrays that are not of the form described above."
+        "Return the data set itself. Raises `InputError` if its arrays are not of the form described above."
         if self._problem:
             raise InputError(self._problem)
         return self
@@ -164,7 +164,7 @@ class ImageData:
         valid: int = 5000,  # how many training images to hold out
         seed: int = 0,  # of the choice
     ) -> "ImageData":
-        "Hold out `valid` training images, the same share of each class, in place of the test images. Raises `InputError`."
+        "Replace the test images by `valid` held-out training images, the same share of each class. Raises `InputError`."
         self.check()
         if not 0 < valid < len(self.train_labels):
             raise InputError(f"valid must lie between 1 and {len(self.train_labels) - 1}, not {valid}")
@@ -180,7 +180,7 @@ class ImageData:
         test: int,  # how many test images to keep
         seed: int = 0,  # of the choice
     ) -> "ImageData":
-        "Keep a part, the same share of each class, for a quick look. Raises `InputError`."
+        "Keep some images, the same share of each class, for quick experiments. Raises `InputError`."
         self.check()
         if train < 1 or test < 1:
             raise InputError(f"a subset needs at least one training and one test image, not {train} and {test}")

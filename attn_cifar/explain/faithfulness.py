@@ -325,9 +325,10 @@ def read_faithfulness(
     try:
         with open_file(path) as file:
             stored = json.load(file)
-        checks = [Faithfulness(**{name: math.nan if value is None else value for name, value in row.items() if name != "verdict"})
-                  for row in stored["checks"]]
-        if any(not isinstance(getattr(check, entry.name), str if entry.type == "str" else int | float)
+        rows: list[dict[str, Any]] = [{name: math.nan if value is None else value for name, value in row.items()
+                                       if name != "verdict"} for row in stored["checks"]]
+        checks = [Faithfulness(**row) for row in rows]
+        if any(not isinstance(getattr(check, entry.name), str if entry.type in (str, "str") else int | float)
                for check in checks for entry in fields(Faithfulness)):
             raise ValueError("a value of another type")
         return checks if stored["weights"] == _weights_digest(folder) else []

@@ -82,7 +82,7 @@ class Sweep:
     valid: Iterable | None = None  # validation batches; their loss is then the metric
     diverge: float = 2.0  # see `DivergenceMonitor`
     beta: float = 0.9
-    repeats: int = 1  # sweeps from the same weights, with other batches
+    repeats: int = 1  # sweeps from the same weights, with different batches
 
     @property
     def plain(self) -> bool:
@@ -216,7 +216,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 # %% ../../nbs/06_lr_finder.ipynb #7cd3bc6b
 def _choose_engine(model: nn.Module, device: str | None, precision: str | None) -> Engine:
-    "Choose device and precision; weights of another precision than float32 need no autocast. Raises `InputError`."
+    "Choose device and precision; weights that are not float32 need no autocast. Raises `InputError`."
     dtype = weight_dtype(model)
     if dtype is not None:
         own = str(dtype).removeprefix("torch.")
@@ -227,7 +227,7 @@ def _choose_engine(model: nn.Module, device: str | None, precision: str | None) 
 
 
 def _move(model: nn.Module, optimizer: Any, criterion: Any, device: str) -> None:
-    "Move a model to a device, and after it the state of its optimizer and the weights of its loss."
+    "Move a model to a device, then the state of its optimizer and the weights of its loss."
     if isinstance(criterion, nn.Module):
         criterion.to(device)
     if any(p.device.type != torch.device(device).type for p in model.parameters()):
@@ -293,11 +293,11 @@ def find_lr(
     valid : validation batches; their loss after each step replaces the training loss, and there are no trials
     metric : "loss", or "accuracy" for the share of errors in each batch, without trials
     start_lr, end_lr : range of the sweep and of the trials
-    num_steps : of the sweep, 10 or more; default: a fifth of an epoch, but 20 to 100
+    num_steps : of the sweep, 10 or more; default: a fifth of an epoch, between 20 and 100
     schedule : of the sweep, "exponential" or "linear"
-    trials : the most trials of one length, 0 for none; usually three are enough
+    trials : maximum number of trials of one length, 0 for none; usually three are enough
     budget : epochs for the sweep and three trials; more is slower and more certain
-    repeats : sweeps from the same weights, with other batches; their range becomes the `band`
+    repeats : sweeps from the same weights, with different batches; their range becomes the `band`
     accumulate : batches per step
     diverge : stop the sweep when the smoothed loss exceeds its minimum by this factor
     beta : smoothing of the losses, 0 (none) to below 1
@@ -374,7 +374,7 @@ def _suggest(model: nn.Module, data: ImageData, recipe: Recipe, seed: int, optio
 
 
 def _digest(model: nn.Module, data: ImageData, recipe: Recipe, seed: int) -> str:
-    "Return a text that is the same for the same model, recipe, seed and data, whatever its epochs and its max_lr."
+    "Return a string that identifies model, recipe, seed and data, but not the number of epochs or max_lr."
     config = describe_run(unwrap(model), data, replace(recipe, max_lr=1.0), Engine("cpu", "float32", False), seed=seed,
                           deterministic=False, processes=1, notes={})
     return hashlib.blake2b(json.dumps(run_identity(config), sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -67,7 +67,7 @@ class Ultimus(nn.Module):
         The channels of a single vector become T = 8 tokens with d = 1.
         """
         query, key, value = self.query(x), self.key(x), self.value(x)
-        if x.ndim == 2:  # upstream's K Q^T: the rows belong to the keys
+        if x.ndim == 2:  # upstream's K Q^T: returned as (query, key, value)
             return key.unsqueeze(-1), query.unsqueeze(-1), value.unsqueeze(-1)
         if self.heads > 1:
             query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
@@ -90,7 +90,7 @@ class Ultimus(nn.Module):
 
 # %% ../../nbs/02_models.ipynb #da628106
 class _ThreadList(list[Tensor]):
-    "A list that ignores what other threads than its creator append."
+    "A list that ignores what threads other than its creator append."
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class RelativePosition(nn.Module):
     def __init__(
         self,
         heads: int,
-        reach: int,  # larger distances share the number of this one
+        reach: int,  # larger distances share the score of this one
     ):
         super().__init__()
         self.reach = reach
@@ -188,7 +188,7 @@ class DepthwiseBlock(nn.Module):
         self.around = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.mix = nn.Conv2d(channels, channels, 1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.norm2.weight)  # the block starts as the identity
+        nn.init.zeros_(self.norm2.weight)  # the branch starts at zero
 
     def forward(self, x: Tensor) -> Tensor:
         context = self.around(x) if self.attention is None else self.around(x) + self.attention(x)

@@ -88,7 +88,7 @@ def _curves(runs: Sequence[Run]) -> Section:
 
 # %% ../../nbs/report/comparison.ipynb #dce97eaf
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    "Flatten nested settings to texts by dotted names."
+    "Flatten nested settings to a mapping from dotted names to strings."
     flat: dict[str, str] = {}
     for name, value in config.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {
@@ -114,7 +114,7 @@ DISAGREEMENTS = 12  # images shown
 
 
 def _choose_disagreements(evaluations: Sequence[Evaluation]) -> list[int]:
-    "Choose the images with different predictions, those first whose least sure prediction is surest."
+    "Choose the images with different predictions, sorted by the confidence of the least confident run, highest first."
     predictions = np.stack([evaluation.predictions.numpy() for evaluation in evaluations])
     sure = np.stack([evaluation.probabilities.amax(1).numpy() for evaluation in evaluations]).min(0)
     different = np.flatnonzero((predictions != predictions[0]).any(0))

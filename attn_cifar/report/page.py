@@ -27,7 +27,7 @@ class Picture:
     width: int  # pixels of the layout
     height: int
     caption: tuple[str, ...] = ()  # lines under it
-    small: bool = False  # takes less than its column
+    small: bool = False  # narrower than its column
 
 # %% ../../nbs/report/page.ipynb #5f55c1f1
 def data_uri(
@@ -82,7 +82,7 @@ class Score:
     low: float
     high: float
     baseline: float
-    poor: bool = False  # not above the baseline: shown in the color of warnings
+    poor: bool = False  # not above the baseline: shown in the warning color
 
     @property
     def alt(self) -> str:

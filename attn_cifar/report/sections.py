@@ -130,7 +130,7 @@ def _confusion(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     wrong, names = evaluation.confusion.clone().fill_diagonal_(0), evaluation.class_names
     true, guess = divmod(int(wrong.argmax()), len(wrong))
     often = f"{int(wrong[true, guess]):,} of {int(evaluation.confusion[true].sum()):,} times"
-    text = f"The most common mistake: {names[true]} taken for {names[guess]}, {often}." if wrong.any() else "No mistakes."
+    text = f"The most common mistake: {names[true]} mistaken for {names[guess]}, {often}." if wrong.any() else "No mistakes."
     alt = f"Confusion matrix of {len(names)} classes, {percent(evaluation.accuracy)} on the diagonal. {text}"
     if len(names) <= MAX_MATRIX:
         return Section("confusion", "Confusion", f"{text} Rows are true classes, columns predicted ones.",
@@ -165,7 +165,7 @@ def _cell_picture(shares: np.ndarray, alt: str) -> Picture:
 def _classes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "List the accuracy of each class and its most common mistake; of many classes, the hardest first."
     rows = [(name, f"{count:,}", share, mistaken) for name, count, share, mistaken in class_table(results.predictions)]
-    head = "Class", "Images", "Recognized", "Taken for"
+    head = "Class", "Images", "Recognized", "Mistaken for"
     if len(rows) <= MAX_MATRIX:
         return Section("classes", "Classes", "", tables=[Table(head, rows)])
     hardest = sorted((row for row in rows if row[1] != "0"), key=lambda row: row[2])[:10]
@@ -189,7 +189,7 @@ def _calibration(results: RunResults, pictures: Mapping[str, Picture]) -> Sectio
     error = 100 * evaluation.calibration_error
     alt = f"Reliability diagram of {len(rows)} ranges of probability; expected calibration error {error:.1f} points."
     text = (f"Probability and share of right answers are {error:.1f} points apart on average (expected calibration error). Below "
-            "the dashed line, the network claims too much.")
+            "the dashed line, the network is overconfident.")
     return Section("calibration", "Calibration", text, plots=_show(pictures, "calibration", alt),
                    tables=[Table(("Probability", "Images", "Mean", "Right"), rows, "The ranges in numbers", folded=True)])
 
@@ -275,9 +275,9 @@ def _remake(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     text = (f"The data is {images['name']}: {images['train']:,} training and {images['test']:,} test images. If it is a "
             "folder, give its path. The same seed gives the same weights on the same kind of machine.")
     given = run.config.get("notes", {}).get("command")
-    code = [("The command as it was given", given), ("A command that leaves nothing open", remake_command(run)),
+    code = [("The command as given", given), ("The full command", remake_command(run)),
             ("In Python", remake_python(run))]
-    return Section("remake", "Make it again", text, code=[(label, words) for label, words in code if words])
+    return Section("remake", "Reproduce it", text, code=[(label, words) for label, words in code if words])
 
 # %% ../../nbs/report/sections.ipynb #ea8e4da3
 MISTAKES = 12  # images shown
@@ -300,19 +300,19 @@ def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 # %% ../../nbs/report/sections.ipynb #3361ce9c
 _METHOD_TEXTS = {
     "grad_cam": "Where a layer holds evidence for the predicted class.",
-    "attention_rollout": "How attention carries each place through all layers up to this one, whatever the class.",
-    "gradient_attention": "How attention carries each place through the layers, as far as it raises the logit of the predicted "
-                          "class.",
+    "attention_rollout": "How attention carries each position through all layers up to this one, whatever the class.",
+    "gradient_attention": "How attention carries each position through the layers, as far as it raises the logit of the "
+                          "predicted class.",
     "attention": "How much attention each position receives from all others, layer by layer.",
 }
 _VERDICT_TEXTS = {
     "believable": "masking the highlighted area hurts the prediction more than masking an equal area elsewhere",
     "misleading": "masking the highlighted area hurts the prediction less than masking an equal area elsewhere",
-    "unproven": "masking the highlighted area hurts no more than chance would", "empty": "the maps carry no information",
+    "unproven": "masking the highlighted area hurts no more than chance would explain", "empty": "the maps carry no information",
     "indifferent": "a network with shuffled weights gives the same maps"}
 
 # %% ../../nbs/report/sections.ipynb #0fe1aae9
-EXPLAINED_SIDE = 160  # pixels: larger explained images are reduced
+EXPLAINED_SIDE = 224  # pixels: larger explained images are reduced
 
 
 def _overlays(explanation: Explanation, pictures: Sequence[np.ndarray], names: list[str]) -> list[Picture]:
@@ -327,7 +327,7 @@ def _overlays(explanation: Explanation, pictures: Sequence[np.ndarray], names: l
 
 # %% ../../nbs/report/sections.ipynb #1e989a18
 def _shown_pictures(results: RunResults) -> list[np.ndarray]:  # uint8 (H, W, 3) each
-    "Return the photographs behind the explained images; the network's input where there is none."
+    "Return the photographs behind the explained images; the network's input if there is none."
     return [np.array(results.data.test_images[index]) if photograph is None else photograph
             for index, photograph in zip(results.explained, results.photographs, strict=True)]
 
@@ -353,25 +353,21 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     return Section("explanations", "What the network looks at", text, strips=strips)
 
 # %% ../../nbs/report/sections.ipynb #0f96b2ee
-def _faithfulness_table(checks: list[Faithfulness]) -> Table:
-    "List the verdict of each layer with the numbers behind it."
-    rows = [(check.layer, check.verdict, f"{check.gain:+.3f} ± {check.error:.3f}", f"{check.deletion:.2f}",
-             f"{check.insertion:.2f}", f"{check.resemblance:+.2f}") for check in checks]
-    head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Likeness to shuffled weights"
-    return Table(head, rows, f"Can they be believed? Measured on {checks[0].images} test images", folded=True)
+def _faithfulness_table(check: Faithfulness) -> Table:
+    "List the numbers behind the verdict on a method."
+    row = (check.layer, check.verdict, f"{check.gain:+.3f} ± {check.error:.3f}", f"{check.deletion:.2f}",
+           f"{check.insertion:.2f}", f"{check.resemblance:+.2f}")
+    head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Similarity to shuffled weights"
+    return Table(head, [row], f"Can they be believed? Measured on {check.images} test images", folded=True)
 
 # %% ../../nbs/report/sections.ipynb #5666c3e9
 def _explanations(results: RunResults, pictures: Mapping[str, Picture], method: str) -> Section:
     "Show the maps of one method over the explained images, and whether they can be believed."
-    data, shown, maps = results.data, _shown_pictures(results), results.maps(method)
-    checks = results.checks(method)
-    names = [data.class_names[int(target)] for target in maps[0].targets[:len(shown)]]
-    strips = [(f"{explanation.layer}: {check.verdict}", _overlays(explanation, shown, names))
-              for explanation, check in zip(maps, checks, strict=True)]
-    words, name = dict.fromkeys(check.verdict for check in checks), METHOD_NAMES[method]
-    text = _METHOD_TEXTS[method] + "".join(f" {word.capitalize()}: {_VERDICT_TEXTS[word]}." for word in words)
-    return Section(method.replace("_", "-"), name[0].upper() + name[1:], text, strips=strips,
-                   tables=[_faithfulness_table(checks)])
+    shown, explanation, check = _shown_pictures(results), results.maps(method), results.check(method)
+    names, name = [results.data.class_names[int(target)] for target in explanation.targets], METHOD_NAMES[method]
+    text = f"{_METHOD_TEXTS[method]} {check.verdict.capitalize()}: {_VERDICT_TEXTS[check.verdict]}."
+    return Section(method.replace("_", "-"), name[0].upper() + name[1:], text, tables=[_faithfulness_table(check)],
+                   strips=[(f"{explanation.layer}: {check.verdict}", _overlays(explanation, shown, names))])
 
 # %% ../../nbs/report/sections.ipynb #6ea400f2
 _Maker = Callable[[RunResults, Mapping[str, Picture]], Section]
@@ -380,7 +376,7 @@ _Maker = Callable[[RunResults, Mapping[str, Picture]], Section]
 def _confusions(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Make the card whose panels show confusion, classes and pairs."
     mistakes = len(results.predictions.misclassified)
-    return Section("confusions", "What is taken for what" if mistakes else "No mistakes")
+    return Section("confusions", "What is mistaken for what" if mistakes else "No mistakes")
 
 
 def _setup(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
@@ -426,7 +422,7 @@ def check_data(run: Run, data: ImageData) -> None:
     "Raise `InputError` for a run without a folder, and for images that are not the run's."
     data.check()
     if run.folder is None:
-        raise InputError("this run was not stored, so its report has no place: train with fit(..., out=FOLDER)")
+        raise InputError("this run was not stored, so there is no folder for its report: train with fit(..., out=FOLDER)")
     name = run.config["data"]["name"]
     if list(data.class_names) != run.config["data"]["class_names"]:
         raise InputError(f"these are not the images of the run: {data.name} has other classes than {name} had")
@@ -439,7 +435,7 @@ def make_report(
     run: Run | str | os.PathLike,  # a run that was stored, or its folder
     data: ImageData,  # the images it was trained and tested on
 ) -> Path:
-    "Write `figures/*.png`, `faithfulness.json` and `report.html` into the run folder; return the page's path. Raises `InputError`."
+    "Write figures, `faithfulness.json` and `report.html` into the run folder; return the page's path. Raises `InputError`."
     run = run if isinstance(run, Run) else load_run(run)
     check_data(run, data)
     folder, results = run.need_folder(), RunResults(run, data)

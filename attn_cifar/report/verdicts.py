@@ -68,14 +68,14 @@ def _judge_progress(losses: Sequence[float]) -> str:
 def _judge_certainty(excess: float) -> str:
     "Judge the mean probability minus the accuracy, -1..1."
     where = f"{100 * abs(excess):.1f} points {'above' if excess > 0 else 'below'} the accuracy"
-    verdict = "the two agree" if abs(excess) < 0.02 else "overconfident" if excess > 0 else "too modest"
+    verdict = "the two agree" if abs(excess) < 0.02 else "overconfident" if excess > 0 else "underconfident"
     return f"mean probability of the predicted class, {where}: {verdict}."
 
 # %% ../../nbs/report/verdicts.ipynb #d2e1f944
 def _judge_weakest(evaluation: Evaluation) -> tuple[str, str]:
-    "Return the accuracy of the class recognized least, and a sentence that names it."
+    "Return the accuracy of the class recognized least often, and a sentence that names it."
     name, _, share, mistaken = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])
-    return percent(share), f"of {name}" + (f", most often taken for {mistaken}." if mistaken else ".")
+    return percent(share), f"of {name}" + (f", most often mistaken for {mistaken}." if mistaken else ".")
 
 # %% ../../nbs/report/verdicts.ipynb #19cada11
 def undefined_outputs(evaluation: Evaluation) -> int:

@@ -17,13 +17,14 @@ from .explanations import explanations
 from .gpu import gpu
 from .ladder import ladder
 from .lr_finders import lr_finders
+from .photographs import photographs
 from .reproduction import reproduction
 from .speed import speed
 
 # %% ../../nbs/studies/registry.ipynb #66577a5f
 STUDIES: dict[str, Callable[..., None]] = {"demo": demo, "reproduction": reproduction, "ladder": ladder, "speed": speed,
                                           "lr_finders": lr_finders, "explanations": explanations, "beyond": beyond,
-                                          "gpu": gpu}
+                                          "photographs": photographs, "gpu": gpu}
 
 # %% ../../nbs/studies/registry.ipynb #143c1f32
 def run_study(

@@ -65,9 +65,9 @@ def expected_calibration_error(bins: Tensor) -> float:
 
 # %% ../../nbs/05_evaluation.ipynb #1b04693f
 def _wrong_evaluation(logits: Any, labels: Any, class_names: Any) -> str:
-    "Say what is wrong with the parts of an evaluation; return an empty text if nothing is."
+    "Return what is wrong with the parts of an evaluation, or an empty string."
     if not isinstance(class_names, tuple) or not class_names or not all(isinstance(name, str) for name in class_names):
-        return "its class_names are not texts"
+        return "its class_names are not strings"
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1 or not len(labels):
         return "its labels are not whole numbers"
     if not isinstance(logits, Tensor) or logits.dtype != torch.float32 or logits.shape != (len(labels), len(class_names)):
@@ -141,7 +141,7 @@ class Evaluation:
     def save(
         self,
         path: str | os.PathLike,
-        below: str | os.PathLike | None = None,  # a run folder, out of which no link may lead
+        below: str | os.PathLike | None = None,  # a run folder; links must not lead out of it
     ) -> None:
         "Write to a safetensors file."
         write_tensors(path, {"logits": self.logits, "labels": self.labels, "class_names": self.class_names}, below)
@@ -167,8 +167,8 @@ def evaluate(
 ) -> Evaluation:
     """Run the model once over the images, on its device and in evaluation mode.
 
-    Images are cast to the dtype of the weights. Autocast acts on float32 weights only, and float16 not on a CPU. The output may
-    be of any form that `logits_of` accepts. Raises `InputError` if there are no images or no logits.
+    Images are cast to the dtype of the weights. Autocast applies only to float32 weights, and float16 is not used on a CPU. The
+    output may be of any form that `logits_of` accepts. Raises `InputError` if there are no images or no logits.
     """
     model = unwrap(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -249,6 +249,6 @@ def confused_table(
 def calibration_table(
     evaluation: Evaluation,
 ) -> list[tuple[float, float, int, float, float]]:
-    "Return for each range of probability with images: its ends, images, mean probability of the predicted class, share correct."
+    "Return for each nonempty range of probability: its ends, images, mean probability of the predicted class, share correct."
     return [(index / 15, (index + 1) / 15, int(images), confidence, correct)
             for index, (images, confidence, correct) in enumerate(evaluation.calibration.tolist()) if images]

@@ -7,6 +7,7 @@ __all__ = ['CHECKPOINT', 'check_output', 'leaves_out_last_batch', 'Trainer', 'Ch
 
 # %% ../../nbs/04_training.ipynb #7d1f9031
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -119,7 +120,7 @@ class Trainer:
         self.batch_loss = BatchLoss(model, recipe, engine, share)
 
     def plan_longer(self, done: int) -> int:
-        "Make a new schedule if more steps are left, after those done, than the present one has; return how many, or else 0."
+        "Make a new schedule if more steps remain than the present one has left; return their number, or 0."
         left = self.recipe.epochs * len(self.batches) - done
         if left <= self.scheduler.total_steps - self.scheduler.last_epoch:
             return 0
@@ -205,6 +206,8 @@ class Checkpoints:
         stored = self.state.load(folder / CHECKPOINT, self._check)
         self.run.history, self.run.steps = stored["history"], stored["steps"]
         if trainer.totals.sizes:  # stopped inside an epoch
+            if trainer.batches.position != len(trainer.totals.sizes):
+                raise InputError(f"{self.path} is not a checkpoint of this run (its counts of steps differ)")
             trainer.batches.resume()
         if steps := trainer.plan_longer(len(self.run.steps["loss"]) + len(trainer.totals.sizes)):
             self.state.parts["scheduler"] = trainer.scheduler
@@ -221,6 +224,8 @@ class Checkpoints:
             raise InputError(f"{self.path} is not a checkpoint of this run ({error})") from error
         if self.trainer.processes.rank == 0 or "identity" in notes:
             check_identity(notes, self.run.config, self.path)
+        if len(notes["steps"]["loss"]) != len(notes["history"]) * len(self.trainer.batches):
+            raise InputError(f"{self.path} is not a checkpoint of this run (its epochs have another number of steps)")
 
 # %% ../../nbs/04_training.ipynb #50072233
 class TrainingRun:
@@ -292,8 +297,12 @@ class TrainingRun:
         self.trainer.totals.reset()
         if self.verbose:
             print(_epoch_line(self.run.history[-1], self.epochs), flush=True)
-        if len(self.run.history) == min(2, self.epochs) and self.first:
+        if len(self.run.history) == self._past_peak() and self.first:
             warn_standstill(self.run.steps["loss"], self.run.history[-1]["train_loss"])
+
+    def _past_peak(self) -> int:
+        "Return the first epoch, of at least two, that begins after the learning rate's peak; before it, a loss may stand still."
+        return min(self.epochs, max(2, math.ceil(self.trainer.recipe.pct_start * self.epochs) + 1))
 
     def evaluate(self) -> None:
         "Run the model over the test images."
@@ -322,7 +331,7 @@ def _epoch_line(row: dict[str, float], epochs: int) -> str:
 # %% ../../nbs/04_training.ipynb #f6a57b22
 @contextmanager
 def _deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    "Let PyTorch use only algorithms that give the same bits each time, if wanted; afterwards restore what was set."
+    "If `wanted`, let PyTorch use only algorithms that give the same bits each time; restore the setting afterwards."
     before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # NVIDIA's library needs fixed buffers for it
@@ -336,7 +345,7 @@ def _deterministic_algorithms(wanted: bool) -> Iterator[None]:
 def _check_model(model: nn.Module, data: ImageData, recipe: Recipe, processes: Processes) -> None:
     "Raise `InputError` for a network that cannot be trained, before anything is written."
     if processes.count > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise InputError("SyncBatchNorm is not supported in several processes: use plain batch normalisation")
+        raise InputError("SyncBatchNorm is not supported in several processes: use plain batch normalization")
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError("the model has no trainable parameters")
     if any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
@@ -348,10 +357,10 @@ def _check_model(model: nn.Module, data: ImageData, recipe: Recipe, processes: P
 
 
 def _engine_here(
-    stored: Engine,  # with which the run began
-    chosen: Engine,  # for the options of this call
-    device: str | None,  # that the caller named
-    first: bool,  # log a line
+    stored: Engine,  # the run began with it
+    chosen: Engine,  # from the options of this call
+    device: str | None,  # named by the caller, if any
+    first: bool,  # this process logs a line
 ) -> Engine:
     "Return the engine of a run that continues: the stored one if this machine has it and the caller named no other."
     missing = stored.device.startswith("cuda") and not torch.cuda.is_available()
@@ -369,17 +378,17 @@ def fit(
     recipe: Recipe | str | None = None,  # a name in RECIPES; None: the model's own, "plain" for an unregistered model
     out: str | os.PathLike | None = None,  # run folder; None: write nothing
     resume: bool = False,  # continue the run in `out` from its last checkpoint
-    seed: int = 0,  # of order, augmentation and dropout; set the weights' seed before `create_model`
+    seed: int = 0,  # of order, augmentation and dropout; for the weights, seed PyTorch before `create_model`
     device: str | None = None,  # "cpu" or "cuda"; None: a GPU if there is one
     precision: str | None = None,  # "float32", "bfloat16" or "float16"; None: the fastest the device has
-    compile: bool | None = None,  # use torch.compile; None: if the work ahead repays it
+    compile: bool | None = None,  # use torch.compile; None: if the run is long enough to repay it
     deterministic: bool = False,  # use only algorithms that give the same bits each time; slower on a GPU
     verbose: bool = True,  # print one line per epoch, and a progress bar on a terminal
-    checkpoint_seconds: float | None = None,  # between checkpoints inside an epoch; None: so that they cost at most 1 %
+    checkpoint_seconds: float | None = None,  # between checkpoints inside an epoch; None: chosen to cost at most 1 %
     notes: dict[str, Any] | None = None,  # facts to keep in config.json, such as the command
     **changes: Any,  # fields of the recipe to change: epochs=…, max_lr=…
 ) -> Run:
-    """Train a model, and measure it after every epoch. Started by torchrun, all its processes train together.
+    """Train a model, and evaluate it after every epoch. Under torchrun, all processes train together.
 
     Returns a `Run` with the trained model, `history` (one row per epoch), `steps` (learning rate, momentum and loss of each step)
     and `evaluation` (logits of the test images). Raises `InputError` for settings that cannot work, `FloatingPointError` if the

@@ -102,7 +102,7 @@ _MOST = 1e30  # larger values, like NaN, are gaps: matplotlib has no axis for th
 
 
 def _drawable(values: Any) -> np.ndarray:  # float, of any shape
-    "Replace what cannot be drawn by NaN, which leaves a gap."
+    "Replace values that cannot be drawn by NaN, which leaves a gap."
     values = np.asarray(values, dtype=float)
     return np.where(np.abs(values) < _MOST, values, np.nan)  # NaN compares as false
 
@@ -185,7 +185,7 @@ def plot_schedule(
     steps: "Run | Mapping[str, Sequence[float]] | Sequence[float]",  # a run, its `steps` ("lr", "momentum"), or "lr" alone
     ax: "Axes | None" = None,  # None: a new one
 ) -> "Axes":
-    "Plot learning rate and momentum over all steps, on two vertical axes; return the one of the learning rate."
+    "Plot learning rate and momentum over all steps, on two vertical axes; return the axes of the learning rate."
     values: Any = getattr(steps, "steps", steps)
     curves: Mapping[str, Any] = values if isinstance(values, Mapping) else {"lr": values}
     rates = _drawable(curves["lr"])
@@ -219,7 +219,7 @@ SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["o
 
 
 def _epochs(rows: Sequence[Mapping[str, float]]) -> np.ndarray:
-    "Return the numbers of the epochs; if they are not numbers, 1, 2, 3 …"
+    "Return the epoch numbers, or 1, 2, 3 … if any is not a finite number."
     epochs = _drawable([row["epoch"] for row in rows])
     return epochs if np.isfinite(epochs).all() else np.arange(1.0, len(rows) + 1)
 
@@ -271,7 +271,7 @@ def plot_history(
 
 # %% ../../nbs/08_visualization.ipynb #9d7a2abd
 MAX_CELL_TEXT = 20  # classes up to which `plot_confusion` writes numbers
-MAX_NAMED = 100  # classes up to which it writes names; beyond, the figure grows no further
+MAX_NAMED = 100  # classes up to which it writes names; with more, the figure stops growing
 
 
 def _write_shares(
@@ -429,7 +429,7 @@ def _resize_map(
     height: int,  # of the photograph, in pixels
     width: int,
 ) -> tuple[np.ndarray, tuple[slice, slice]]:
-    "Resize a map bilinearly to the largest centered rectangle of its own shape in a photograph; return it and its place."
+    "Resize a map to the largest centered rectangle of its aspect ratio in a photograph; return it and its place."
     large = torch.as_tensor(heat, dtype=torch.float32)
     scale = min(height / large.shape[0], width / large.shape[1])
     rows, columns = (max(round(side * scale), 1) for side in large.shape)
@@ -444,7 +444,7 @@ def overlay(
     heat: np.ndarray | torch.Tensor,  # float (h, w), 0..1, of any size: it is resized to the photograph
     empty: bool = False,  # the map carries no information: return the gray photograph
 ) -> np.ndarray:
-    "Lay a map over the gray version of a photograph; return what `picture` is, uint8 or float, (H, W, 3)."
+    "Lay a map over the gray version of a photograph; return (H, W, 3) of the dtype of `picture`, uint8 or float."
     from matplotlib import colormaps
 
     pixels = picture / 255 if picture.dtype == np.uint8 else picture
@@ -476,7 +476,7 @@ def _caption(explanation: Explanation, index: int, data: _Preprocessed, labels: 
 # %% ../../nbs/08_visualization.ipynb #2349940a
 def label_row(
     ax: "Axes",  # the first of a row of pictures
-    *lines: str,  # long ones are broken
+    *lines: str,  # long ones are wrapped
 ) -> None:
     "Name a row of pictures, horizontally beside it: rotated names would run into those of the next row."
     text = "\n".join(part for line in lines for part in textwrap.wrap(line, 18))
@@ -515,9 +515,9 @@ def plot_explanations(
     images: torch.Tensor,  # the images explained, float (B, 3, H, W), normalized
     data: _Preprocessed,  # an `ImageData`, or anything else with mean, std and class_names
     labels: Sequence[int] | torch.Tensor | None = None,  # true classes (B,), if known
-    max_layers: int = 4,  # rows: the last so many explanations
-    max_images: int = 5,  # columns: the first so many images
-    verdicts: Sequence[str] | None = None,  # a word for each explanation, as `check_explanations` finds it
+    max_layers: int = 4,  # rows: this many of the last explanations
+    max_images: int = 5,  # columns: this many of the first images
+    verdicts: Sequence[str] | None = None,  # a word for each explanation, from `check_explanations`
     fig: "Figure | SubFigure | None" = None,  # None: a new one
 ) -> "Figure | Any":  # a SubFigure if one was given
     "Lay explanations over the images: a row for each layer under the images themselves."
