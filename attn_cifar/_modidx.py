@@ -82,6 +82,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                 'attn_cifar.cli._report': ('cli/cli.html#_report', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._report_stream': ('cli/cli.html#_report_stream', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._reporting': ('cli/cli.html#_reporting', 'attn_cifar/cli.py'),
+                                'attn_cifar.cli._resolved': ('cli/cli.html#_resolved', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._resumed_config': ('cli/cli.html#_resumed_config', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._run_command': ('cli/cli.html#_run_command', 'attn_cifar/cli.py'),
                                 'attn_cifar.cli._run_data': ('cli/cli.html#_run_data', 'attn_cifar/cli.py'),

@@ -312,9 +312,14 @@ def _run_data(arguments: argparse.Namespace, config: dict[str, Any]) -> "ImageDa
     return data
 
 # %% ../nbs/cli/cli.ipynb #1f3569ba
+def _resolved(path: str | os.PathLike) -> Path:
+    "Return a path without links; a loop of links stays as it is, and fails where it is opened."
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for a loop
+
+
 def _refuse_inside(out: Path, source: str) -> None:
     "Refuse an output inside the folder of images."
-    if Path(source).is_dir() and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
+    if Path(source).is_dir() and _resolved(source) in (_resolved(out), *_resolved(out).parents):
         raise InputError(f"{out} lies inside the folder of images, which would take it for one of them: name another place "
                          "with --out")
 
@@ -335,7 +340,7 @@ def _refuse_file(
     if out.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"{out} cannot be written: name another file with --out")
     for name in inputs:
-        if out.resolve() == Path(name).resolve() or (out.exists() and Path(name).exists() and out.samefile(name)):
+        if _resolved(out) == _resolved(name) or (out.exists() and Path(name).exists() and out.samefile(name)):
             raise InputError(f"{out} is one of the files to read: name another one with --out")
 
 # %% ../nbs/cli/cli.ipynb #54f42358
@@ -379,7 +384,7 @@ def _run_folder(arguments: argparse.Namespace) -> Path:
     out = Path(arguments.out or f"runs/{arguments.model}-{Path(arguments.data).name}-seed{arguments.seed}")
     _refuse_inside(out, arguments.data)
     for part in ("checkpoint", "figures", "tensorboard") if Path(arguments.data).is_dir() else ():
-        if (out / part).resolve() in (Path(arguments.data).resolve(), *Path(arguments.data).resolve().parents):
+        if _resolved(out / part) in (_resolved(arguments.data), *_resolved(arguments.data).parents):
             raise InputError(f"the images lie in {out / part}, which a run replaces: name another folder with --out")
     return out
 
@@ -608,7 +613,7 @@ def _explain(arguments: argparse.Namespace) -> _Result:
     pages = _pages(Path(arguments.out or "explanation.png"), len(arguments.images))
     for page in pages:
         _refuse_file(page, arguments.images)
-        if Path(arguments.model, "figures").resolve() in page.resolve().parents:
+        if _resolved(Path(arguments.model, "figures")) in _resolved(page).parents:
             raise InputError(f"{page} lies among the figures of the run: name another file with --out")
     classifier = load_classifier(arguments.model)
     _progress.info("reading images")

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import threading
@@ -176,6 +177,15 @@ def test_outputs_never_overwrite_inputs(photos, capsys):
 
 
 # What is printed.
+
+
+def test_a_loop_of_links_is_refused_in_one_line(photos, capsys):
+    assert train("--data", str(photos)) == 0
+    shutil.rmtree("run/checkpoint")
+    Path("run/checkpoint").symlink_to("checkpoint")
+    capsys.readouterr()
+    assert main(["train", "--out", "run", "--resume", "--epochs", "2"]) == 2
+    assert "run/checkpoint is not a folder" in capsys.readouterr().err
 
 
 def test_control_characters_in_names_are_printed_escaped(photos, capsys):
