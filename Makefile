@@ -22,7 +22,7 @@ test: .venv/.installed-dev
 	@echo "lint" && $(RUFF) attn_cifar tests nbs setup.py .github
 	@echo "types" && $(MYPY) attn_cifar
 	@echo "notebooks" && $(BIN)/nbdev_test --n_workers 2
-	@echo "tests" && $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
+	@echo "tests" && $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # Measure training through other loops and ours; DATA=folder for images other than the downloaded CIFAR-10.
 bench: .venv-bench/.installed

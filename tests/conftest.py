@@ -46,7 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes minutes; runs with --long")
 
 
+LONGEST = "test_processes", "test_main_job", "test_resume", "test_load", "test_hostile"  # first, so that no worker ends last
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not config.getoption("--long"):
         for item in items:
             if "long" in item.keywords:

@@ -23,7 +23,7 @@ COMPARED = ("model.safetensors", "evaluation.safetensors", "metrics.csv", "steps
 
 
 def train(folder: Path) -> None:
-    """Train 3 epochs of 20 steps, a checkpoint after each step: a good part of the time goes to writing them."""
+    """Train 3 epochs of 10 steps, a checkpoint after each step: a good part of the time goes to writing them."""
     torch.manual_seed(0)
     fit(create_model("attn_tiny"), DATA, recipe="tiny", epochs=3, batch_size=16, device="cpu", compile=False, out=folder,
         resume=True, checkpoint_seconds=0, verbose=False)
@@ -95,5 +95,5 @@ def main(kills: int, seed: int, folder: Path) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # a process with a pool of threads must not be forked
-    DATA = load_data("shapes").subset(320, 50)
+    DATA = load_data("shapes").subset(160, 50)
     print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))

@@ -42,6 +42,12 @@ def command(send: str, marker: str, *words: str) -> None:
         sys.exit(main(words))
 
 
+def silent(*words: str) -> None:
+    """As `command`, without a report at the end."""
+    with mock.patch("attn_cifar.report.sections.make_report", lambda run, data: Path(run, "report.html")):
+        command(*words)
+
+
 def losses(path: str) -> None:
     """Train a network without batch normalisation; write its losses. Batches of 33, 33, 33 and 1: one share is empty."""
     torch.manual_seed(join_processes("cpu").rank)  # weights that differ: those of the first process count
@@ -94,5 +100,5 @@ def all_reduce(path: str, *sizes: str) -> None:
 
 
 if __name__ == "__main__":
-    {function.__name__: function for function in (command, losses, gradients, all_reduce)}[sys.argv[1]](*sys.argv[2:])
+    {function.__name__: function for function in (command, silent, losses, gradients, all_reduce)}[sys.argv[1]](*sys.argv[2:])
     leave_processes(0)

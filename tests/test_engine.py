@@ -80,7 +80,7 @@ def test_a_compiled_training_takes_the_same_steps(tmp_path):
 def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path):
     """A PATH without any program: the first compiled step fails, and the training is the plain one."""
     code = ("import attn_cifar.training as t, attn_cifar.models as m, attn_cifar.data as d, logging; logging.basicConfig(); "
-            "r = t.fit(m.create_model('spatial_attn'), d.load_data('shapes').subset(96, 50), epochs=2, batch_size=32, "
+            "r = t.fit(m.create_model('basic_attn'), d.load_data('shapes').subset(96, 50), epochs=2, batch_size=32, "
             "compile=True, verbose=False); print(len(r.steps['loss']))")
     environment = {**os.environ, "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("CXX", None)

@@ -64,17 +64,16 @@ def differences(run: Path, whole: Path) -> list[str]:
 
 def test_losses_are_those_of_one_process(tmp_path):
     runs = {}
-    for count in (1, 2, 3):
+    for count in (1, 3):
         done = torchrun(count, "losses", str(tmp_path / f"{count}.json"))
         assert done.returncode == 0, done.stderr[-3000:]
         runs[count] = json.loads((tmp_path / f"{count}.json").read_text())
     alone = np.array(runs[1]["losses"])
     assert len(alone) == 8 * 4 and alone[-1] < alone[0] - 0.1, "it learns, so that a difference would grow"
-    for count in (2, 3):
-        np.testing.assert_allclose(runs[count]["losses"], alone, rtol=1e-4, err_msg=f"{count} processes")
-        for row, expected in zip(runs[count]["history"], runs[1]["history"], strict=True):
-            assert row["train_accuracy"] == pytest.approx(expected["train_accuracy"], abs=0.021)  # two of 100 images
-            assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-3)
+    np.testing.assert_allclose(runs[3]["losses"], alone, rtol=1e-4)
+    for row, expected in zip(runs[3]["history"], runs[1]["history"], strict=True):
+        assert row["train_accuracy"] == pytest.approx(expected["train_accuracy"], abs=0.021)  # two of 100 images
+        assert row["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-3)
 
 
 def test_gradients_are_those_of_pytorchs_wrapper(tmp_path):
@@ -85,39 +84,36 @@ def test_gradients_are_those_of_pytorchs_wrapper(tmp_path):
 
 
 def test_a_dead_process_ends_the_run_and_a_restart_completes_it(images, whole, tmp_path):
+    """One of two is killed in the second epoch: the other one stops, and torchrun starts both again, after the first epoch."""
     out, marker = tmp_path / "run", str(tmp_path / "died")
-    done = torchrun(2, "command", "SIGKILL@1", marker, *train(images, out))
-    assert done.returncode != 0 and Path(f"{marker}.1").exists()
-    lines = [line for line in done.stderr.splitlines() if line.startswith("attn-cifar:") and "note:" not in line]
-    assert len(lines) == 1 and "another process of this training has ended" in lines[0] and "last good checkpoint" in lines[0]
-    stored = read_tensors(out / "checkpoint" / "state.safetensors")
-    assert len(stored["notes"]["history"]) == 1, "the first epoch is kept"
-
-    Path(f"{marker}.1").unlink()  # it dies again, and torchrun starts both again by itself
-    done = torchrun(2, "command", "SIGKILL@1", marker, *train(images, out, "--resume"), restarts=1)
+    done = torchrun(2, "silent", "SIGKILL@1", marker, *train(images, out, "--resume"), restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
     assert Path(f"{marker}.1").exists() and differences(out, whole) == []
+    lines = [line for line in done.stderr.splitlines() if line.startswith("attn-cifar:") and "note:" not in line]
+    assert len(lines) == 1 and "another process of this training has ended" in lines[0] and "last good checkpoint" in lines[0]
+    assert done.stdout.count("epoch   1/4") == 1 and done.stdout.count("epoch   4/4") == 1, "the first epoch is kept"
 
 
 @pytest.mark.parametrize("ranks", ["1", *(pytest.param(ranks, marks=pytest.mark.long) for ranks in ("0", "01"))])
 def test_a_signal_stops_all_at_the_same_step_and_saves_first(images, whole, tmp_path, ranks):
     out = tmp_path / "run"
-    done = torchrun(2, "command", f"SIGTERM@{ranks}", str(tmp_path / "stopped"), *train(images, out))
+    done = torchrun(2, "silent", f"SIGTERM@{ranks}", str(tmp_path / "stopped"), *train(images, out))
     assert done.returncode != 0 and "train with --resume" in done.stderr
     stored = read_tensors(out / "checkpoint" / "state.safetensors")
     steps = len(stored["notes"]["steps"]["loss"]) + len(stored["state"]["totals"]["sizes"])
     assert steps % 21 != 0, "stopped inside an epoch"
-    done = torchrun(2, "command", "none", "-", *train(images, out, "--resume"))
+    done = torchrun(2, "silent", "none", "-", *train(images, out, "--resume"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert differences(out, whole) == []
 
 
+@pytest.mark.long
 def test_two_machines_are_the_same_training(images, whole, tmp_path):
     """Two agents that meet through torchrun's rendezvous, with a process each, as on two machines."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    words = [sys.executable, "-m", "torch.distributed.run", *options, PROGRAM, "command", "none", "-"]
+    words = [sys.executable, "-m", "torch.distributed.run", *options, PROGRAM, "silent", "none", "-"]
     words += train(images, tmp_path / "run")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     agents = [subprocess.Popen(words, env=ONE_THREAD, **pipes) for _ in range(2)]
