@@ -20,8 +20,7 @@ run: .venv/.installed
 test: export OMP_NUM_THREADS := 1
 test: .venv/.installed-dev
 	@echo "lint" && $(RUFF) attn_cifar tests nbs setup.py .github
-	@echo "types" && $(MYPY) attn_cifar
-	@echo "notebooks" && $(BIN)/nbdev_test --n_workers 2
+	@echo "types and notebooks" && { $(MYPY) attn_cifar & types=$$!; $(BIN)/nbdev_test --n_workers 2 && wait $$types; }
 	@echo "tests" && $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # Measure training through other loops and ours; DATA=folder for images other than the downloaded CIFAR-10.

@@ -49,8 +49,8 @@ def test_a_published_repository_is_where_everything_comes_from():
         assert f"%pip install -q {wanted}" in code and "glob" not in code
 
 
-@pytest.mark.parametrize(("on_colab", "wheel", "installed"), [(True, True, True), (True, False, True), (True, False, False),
-                                                              (False, True, True)])
+@pytest.mark.parametrize(("on_colab", "wheel", "installed"), [(True, True, True), (True, False, False), (False, True, True),
+                                                              pytest.param(True, False, True, marks=pytest.mark.long)])
 def test_a_notebook_alone(tmp_path, on_colab, wheel, installed):
     """On Colab pip is asked for the wheel beside the notebook, never for a name; without one, a line says what to do."""
     (tmp_path / "site" / "pip").mkdir(parents=True)

@@ -207,8 +207,8 @@ def test_json_has_no_nan():
     assert json.loads(text, parse_constant=refuse) == {"a": [1.0, None, {"b": [None, "NaN"]}], "c": True, "d": None}
 
 
-@pytest.mark.parametrize("command", ["--help | true", "models | head -1", "models --json | true", "models >&-",
-                                     "models >/dev/full", "models 2>&-"])
+@pytest.mark.parametrize("command", ["--help | true", "models | head -1", "models --json | true", "models >/dev/full",
+                                     *(pytest.param(f"models {closed}", marks=pytest.mark.long) for closed in (">&-", "2>&-"))])
 def test_an_output_that_is_closed(command):
     done = subprocess.run(["bash", "-c", f"{sys.executable} -m attn_cifar {command}"], capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr

@@ -16,7 +16,7 @@ def attn_cifar(*words: str, home) -> subprocess.CompletedProcess:
 
 def test_the_built_in_images_are_learned_at_the_suggested_learning_rate(tmp_path):
     """A suggested learning rate that diverges, or a data set that became too hard, fails here."""
-    done = attn_cifar("train", "--data", "shapes", "--model", "spatial_attn", "--epochs", "4", "--batch-size", "128",
+    done = attn_cifar("train", "--data", "shapes", "--model", "spatial_attn", "--epochs", "3", "--batch-size", "128",
                       "--out", "run", "--json", home=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
