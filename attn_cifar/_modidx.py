@@ -1826,6 +1826,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                             'attn_cifar/training/state.py'),
                                            'attn_cifar.training.state._is_opaque': ( 'training/state.html#_is_opaque',
                                                                                      'attn_cifar/training/state.py'),
+                                           'attn_cifar.training.state._is_opaque_module': ( 'training/state.html#_is_opaque_module',
+                                                                                            'attn_cifar/training/state.py'),
                                            'attn_cifar.training.state._nested': ( 'training/state.html#_nested',
                                                                                   'attn_cifar/training/state.py'),
                                            'attn_cifar.training.state._own_state': ( 'training/state.html#_own_state',

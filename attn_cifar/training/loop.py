@@ -42,19 +42,20 @@ def check_output(model: nn.Module, data: ImageData) -> None:
     "Raise `InputError` for bad images, and for a model that does not return one logit per class in either mode."
     data.check()
     (height, width), classes = data.train_images.shape[1:3], len(data.class_names)
-    for training in (False, True):
-        shape = _output_shape(model, data, 2, training)
-        if shape != (2, classes):
-            raise InputError(f"the model turns 2 images of {height}×{width} into {shape}{' in training mode' * training}, but "
-                             f"{data.name} has {classes} classes, so (2, {classes}) is needed")
+    with TrainingState(model).preserved():
+        for training in (False, True):
+            shape = _output_shape(model, data, 2, training)
+            if shape != (2, classes):
+                raise InputError(f"the model turns 2 images of {height}×{width} into {shape}{' in training mode' * training}, but "
+                                 f"{data.name} has {classes} classes, so (2, {classes}) is needed")
 
 
 def _output_shape(model: nn.Module, data: ImageData, images: int, training: bool) -> tuple[int, ...]:
-    "Return the shape of the logits for a number of black images; the model stays unchanged. Raises `InputError`."
+    "Return the shape of the logits for a number of black images; it may change the model. Raises `InputError`."
     height, width = data.train_images.shape[1:3]
     like = next(model.parameters(), torch.zeros(()))
     batch = torch.zeros(images, 3, height, width, device=like.device, dtype=weights_dtype(model))
-    with TrainingState(model).preserved(), torch.no_grad():
+    with torch.no_grad():
         try:
             if training:
                 enter_training_mode(model)
@@ -90,7 +91,8 @@ def leaves_out_last_batch(
 def _takes_one_image(model: nn.Module, data: ImageData) -> bool:
     "Report whether the network in training mode turns one image into one logit per class."
     try:
-        return _output_shape(model, data, 1, training=True) == (1, len(data.class_names))
+        with TrainingState(model).preserved():
+            return _output_shape(model, data, 1, training=True) == (1, len(data.class_names))
     except InputError:
         return False
 

@@ -7,6 +7,7 @@ __all__ = ['ModelState', 'RandomState', 'Snapshot', 'preserved', 'load_optimizer
 
 # %% ../../nbs/training/state.ipynb #acd8e4e8
 import copy
+import functools
 import os
 import random
 import signal
@@ -228,12 +229,18 @@ _OPAQUE = (  # modules whose objects belong to the system or to a library's mach
 _MANY = 100_000  # longer containers are recorded, but their items are not looked at
 
 
+@functools.cache
+def _is_opaque_module(module: str) -> bool:
+    "Return True for one of the modules above, and for a module inside one."
+    return any(module == name or module.startswith(name + ".") for name in _OPAQUE)
+
+
 def _is_opaque(value: Any) -> bool:
     "Return True for an object whose contents are left alone."
     if isinstance(value, nn.Module | torch.optim.Optimizer | Tensor | torch.Generator):
         return False
     module = str(getattr(value if isinstance(value, FunctionType) else type(value), "__module__", ""))
-    return any(module == name or module.startswith(name + ".") for name in _OPAQUE) or hasattr(type(value), "_shutdown_workers")
+    return _is_opaque_module(module) or hasattr(type(value), "_shutdown_workers")
 
 
 def _references(value: Any) -> Iterator[Any]:
