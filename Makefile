@@ -16,8 +16,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 run: .venv/.installed
 	@$(BIN)/python -m attn_cifar study demo
 
-# One thread for each of two workers, so that two cores are used and not fought over.
+# One thread for each of two workers, so that two cores are used and not fought over; each new process finds compiled modules.
 test: export OMP_NUM_THREADS := 1
+test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/.installed-dev
 	@echo "lint" && $(RUFF) attn_cifar tests nbs setup.py .github
 	@echo "types and notebooks" && { $(MYPY) attn_cifar & types=$$!; $(BIN)/nbdev_test --n_workers 2 && wait $$types; }

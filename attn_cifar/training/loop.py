@@ -46,8 +46,8 @@ def check_output(model: nn.Module, data: ImageData) -> None:
         for training in (False, True):
             shape = _output_shape(model, data, 2, training)
             if shape != (2, classes):
-                raise InputError(f"the model turns 2 images of {height}×{width} into {shape}{' in training mode' * training}, but "
-                                 f"{data.name} has {classes} classes, so (2, {classes}) is needed")
+                raise InputError(f"the model turns 2 images of {height}×{width} into {shape}{' in training mode' * training}, "
+                                 f"but {data.name} has {classes} classes, so (2, {classes}) is needed")
 
 
 def _output_shape(model: nn.Module, data: ImageData, images: int, training: bool) -> tuple[int, ...]:
