@@ -7,6 +7,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                 'attn_cifar.app._bars': ('cli/app.html#_bars', 'attn_cifar/app.py'),
                                 'attn_cifar.app._brightest': ('cli/app.html#_brightest', 'attn_cifar/app.py'),
                                 'attn_cifar.app._card': ('cli/app.html#_card', 'attn_cifar/app.py'),
+                                'attn_cifar.app._comes_from_here': ('cli/app.html#_comes_from_here', 'attn_cifar/app.py'),
                                 'attn_cifar.app._explained': ('cli/app.html#_explained', 'attn_cifar/app.py'),
                                 'attn_cifar.app._figure': ('cli/app.html#_figure', 'attn_cifar/app.py'),
                                 'attn_cifar.app._introduction': ('cli/app.html#_introduction', 'attn_cifar/app.py'),

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -268,8 +269,24 @@ def _look() -> dict[str, Any]:
             "css": ".upload-container .or { color: inherit !important }", "js": rename}
 
 # %% ../nbs/cli/app.ipynb #9be6cbae
+_HERE = "127.0.0.1", "localhost", "::1"  # this machine, also through a tunnel
+
+
+def _comes_from_here(scope: Any) -> bool:
+    "Return True for a request that names this machine as its host and, if it has one, as its origin."
+    try:
+        return all(urlsplit(text if name == b"origin" else "//" + text).hostname in _HERE
+                   for name, text in ((name, value.decode("latin-1")) for name, value in scope.get("headers", ()))
+                   if name in (b"host", b"origin"))
+    except ValueError:  # no address
+        return False
+
+
 class _OnlyThisServer:
-    "ASGI middleware that forbids the browser to contact any other server."
+    """ASGI middleware that forbids the browser to contact any other server, and other sites to reach this one.
+
+    A site whose name leads to this machine (DNS rebinding) is known by its `Host`, a form or script of another site by its `Origin`.
+    """
 
     policy = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; frame-ancestors 'self'"
 
@@ -277,6 +294,11 @@ class _OnlyThisServer:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if not _comes_from_here(scope):
+            from starlette.responses import PlainTextResponse
+
+            return await PlainTextResponse("This page can only be opened on its own machine.", 403)(scope, receive, send)
+
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
                 more = [(b"content-security-policy", self.policy.encode()), (b"referrer-policy", b"no-referrer")]
@@ -306,6 +328,8 @@ def _launch(
     from starlette.middleware import Middleware
 
     options = _known(gradio.Blocks.launch, **_look(), footer_links=[], show_api=False, ssr_mode=False)
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), *_HERE]))
+    os.environ |= {"no_proxy": direct, "NO_PROXY": direct}  # Gradio asks its server whether it runs: no proxy can answer
     try:
         page.launch(server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True,
                     max_file_size=MAX_UPLOAD, app_kwargs={"middleware": [Middleware(_OnlyThisServer)]}, **options)

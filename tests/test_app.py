@@ -35,6 +35,9 @@ for (const kind of ['dragenter', 'dragover', 'drop'])
 """
 
 
+PROXIES = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody answers there
+
+
 def free_port() -> int:
     """Return a free port."""
     with socket.socket() as probe:
@@ -51,7 +54,7 @@ def page_of(model: str, home: Path):
     (home / "tmp").mkdir()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C, and children inherit it
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "HOME": str(home), "TMPDIR": str(home / "tmp")})
+                               env={**os.environ, "HOME": str(home), "TMPDIR": str(home / "tmp"), **PROXIES})
     signal.signal(signal.SIGINT, handler)
     line = process.stdout.readline()
     assert f"http://127.0.0.1:{port}" in line, line + process.stderr.read()
@@ -169,6 +172,19 @@ def test_names_with_markup_stay_text(browser, tmp_path, home):
 def test_the_browser_is_told_to_ask_no_other_server(address):
     with urllib.request.urlopen(address) as answer:
         assert answer.headers["content-security-policy"].startswith("default-src 'self'")
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Host": "evil.example:7860"}, {"Origin": "http://evil.example"},
+                                     {"Origin": "null"}, {"Origin": "http://127.0.0.1.evil.example"}, {"Host": "[::1"}])
+def test_other_sites_get_no_answer(address, headers):
+    """A name that leads to this machine, and a page elsewhere that sends a form."""
+    body = b"--x\r\nContent-Disposition: form-data; name=\"files\"; filename=\"a.png\"\r\n\r\n1\r\n--x--\r\n"
+    for path, data in (("/", None), ("/config", None), ("/gradio_api/upload", body)):
+        more = {"Content-Type": "multipart/form-data; boundary=x"} if data else {}
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(address + path, data, {**headers, **more}))
+    with urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "localhost:8000"})) as answer:  # a tunnel
+        assert answer.status == 200
 
 
 def test_a_large_file_is_refused(address, home):
