@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from attn_cifar.data import InputError
@@ -210,12 +211,21 @@ ORDERS = {"windows of 2": (8, windows(2)), "windows of 4": (8, windows(4)), "win
 @pytest.mark.parametrize("size", [(2, 2), (2, 3), (3, 3), (4, 4), (7, 7)])
 def test_noise_has_no_places(size):
     """What changes in a layer does not depend on where the image changes: hardly ever is there a layout."""
-    generator, found = torch.Generator().manual_seed(0), 0
+    generator, found, count = torch.Generator().manual_seed(0), 0, len(probe_images(torch.zeros(1, 3, 32, 32)))
     for strength in [0.05, 0.3, 1.0, 2.0] * 25:
-        change = (strength * torch.randn(9, 1, *size, generator=generator)).exp()
+        change = (strength * torch.randn(count, 1, *size, generator=generator)).exp()
         change[0] = 0  # the image itself
         found += locate(change, aspect=size[0] / size[1]) is not None
     assert found <= 1, f"{found} of 100"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_images_do_not_decide_whether_a_network_is_explained(seed):
+    """On 32×32 pixels the last positions of a ResNet-18 are 2×2; any image shows where they are."""
+    torch.manual_seed(seed)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    for image in torch.randn(4, 1, 3, 32, 32):
+        assert [found.layer for found in explain(model, image, 3, "grad_cam")] == ["conv1", "layer1", "layer2", "layer3"]
 
 
 @pytest.mark.parametrize("size", [(2, 2), (2, 3), (4, 4), (7, 7)])
@@ -224,7 +234,7 @@ def test_a_diffuse_layer_is_refused(size):
     images = probe_images(torch.randn(1, 3, 84, 84, generator=torch.Generator().manual_seed(0)))
     own = F.adaptive_avg_pool2d((images - images[:1]).abs(), size)
     own = own / own.amax((2, 3), keepdim=True).clamp(min=1e-9)
-    everywhere = torch.ones_like(own) * torch.arange(9)[:, None, None, None].sign()
+    everywhere = torch.ones_like(own) * torch.arange(len(images))[:, None, None, None].sign()
     assert locate(own + 0.01 * everywhere, aspect=size[0] / size[1]) is not None
     assert locate(0.1 * own + everywhere, aspect=size[0] / size[1]) is None
 

@@ -16,21 +16,22 @@ from torch import Tensor, nn
 from .watch import MAX_PREFIX, Attention, Watched, watch
 
 # %% ../../nbs/explain/positions.ipynb #60db3086
-PATCHES = (5, 3, 6, 0, 7, 1, 4, 2)  # the patch in each row of an 8×8 grid: its column
+_COLUMNS = 5, 3, 6, 0, 7, 1, 4, 2, 6, 0, 4, 2, 5, 3, 7, 1, 4, 2, 7, 1, 6, 0  # rows 0 to 7, 0 to 7 and 0 to 5
+PATCHES = tuple((i % 8, column) for i, column in enumerate(_COLUMNS))  # row and column in an 8×8 grid
 
 
 def probe_images(
     image: Tensor,  # float (1, 3, H, W)
-) -> Tensor:  # (9, 3, H, W)
-    "Return an image and eight copies, each with noise in another patch."
+) -> Tensor:  # (23, 3, H, W)
+    "Return an image and 22 copies, each with noise in another patch."
     height, width = image.shape[2:]
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
     images = image.detach().nan_to_num(0, 0, 0).repeat(1 + len(PATCHES), 1, 1, 1)
     strength = images[0].float().std().clamp(min=1).to(image)
-    for row, column in enumerate(PATCHES):
+    for i, (row, column) in enumerate(PATCHES):
         rows, columns = (slice(max(place * size // 8 - size // 40, 0), place * size // 8 + max(size // 8, 1) + size // 40)
                          for place, size in ((row, height), (column, width)))
-        images[1 + row, :, rows, columns] = noise[0, :, rows, columns] * strength
+        images[1 + i, :, rows, columns] = noise[0, :, rows, columns] * strength
     return images
 
 # %% ../../nbs/explain/positions.ipynb #cd383c5e
@@ -76,14 +77,15 @@ def _layouts(tensor: Tensor, batch: int, maps: Sequence[tuple[int, int]], aspect
 
 # %% ../../nbs/explain/positions.ipynb #2615a0c3
 def _covered(size: Sequence[int]) -> Tensor:
-    "Return the share of each cell of a grid that each patch covers, (8, rows, columns)."
-    fine = torch.zeros(8, 8, 8)
-    fine[torch.arange(8), torch.arange(8), torch.tensor(PATCHES)] = 1
+    "Return the share of each cell of a grid that each patch covers, (patches, rows, columns)."
+    fine = torch.zeros(len(PATCHES), 8, 8)
+    rows, columns = torch.tensor(PATCHES).T
+    fine[torch.arange(len(PATCHES)), rows, columns] = 1
     return F.interpolate(fine[None], [8 * n for n in size])[0].unflatten(2, (size[1], 8)).unflatten(1, (size[0], 8)).mean((2, 4))
 
 
 def _surroundings(size: Sequence[int]) -> Tensor:
-    "Return the weight of each cell of a grid in each patch's place, (8, rows, columns); the sum over a place is 1."
+    "Return the weight of each cell of a grid in each patch's place, (patches, rows, columns); the sum over a place is 1."
     places = _covered(size)
     if min(size) >= 4:
         kernel = torch.tensor([1.0, 2.0, 1.0])
@@ -117,7 +119,7 @@ CLEAR = 0.2  # nats: a patch changes its own place by a fifth more than is usual
 
 
 def _agrees(changes: Tensor) -> tuple[bool, float]:
-    "Report whether each patch changes its own place, `changes` (8, rows, columns), and by how much more than others, in nats."
+    "Report whether each patch changes its own place, `changes` (patches, rows, columns), and by how much more than others, in nats."
     changes = changes / changes.mean((1, 2), keepdim=True).clamp(min=torch.finfo(changes.dtype).tiny)
     excess = (changes + 0.01).log()
     excess = excess - excess.mean(0) - excess.mean((1, 2), keepdim=True) + excess.mean()
@@ -127,7 +129,8 @@ def _agrees(changes: Tensor) -> tuple[bool, float]:
     at = torch.einsum("prc,qrc->pq", excess, places)  # (patch that changes, place)
     at = at - at.mean(0) - at.mean(1, keepdim=True) + at.mean()
     spread = at.square().sum().sqrt() / (len(at) - 1) ** 0.5  # of the sum over a random assignment of patches to places
-    strongest = min(size) < 4 or int((at.argmax(0) == torch.arange(len(at))).sum()) >= len(at) // 2
+    apart = at.where((torch.einsum("prc,qrc->pq", places, places) == 0) | torch.eye(len(at), dtype=torch.bool), -torch.inf)
+    strongest = min(size) < 4 or int((apart.argmax(0) == torch.arange(len(at))).sum()) >= len(at) // 2
     certain = float(at.trace()) > CERTAIN * float(spread) and float(scores[0]) > CLEAR
     return certain and strongest and bool(scores[0] >= scores.max()), float(scores[0])
 
