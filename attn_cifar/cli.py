@@ -290,7 +290,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None) -> "ImageDa
 
     source = arguments.data or default
     if source is None:
-        raise InputError("this run has no record of where its images came from: pass --data")
+        raise InputError("this run has no record of where its images came from: give --data")
     _progress.info("loading images")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
@@ -364,7 +364,7 @@ def _complete(
     kept = config or new
     arguments.data = arguments.data or _recorded(kept)
     if arguments.data is None:
-        raise InputError("this run has no record of where its images came from: pass --data")
+        raise InputError("this run has no record of where its images came from: give --data")
     arguments.model = arguments.model or kept["model"]
     arguments.seed = kept["seed"] if arguments.seed is None else arguments.seed
     arguments.skip_bad = arguments.skip_bad or bool(kept["notes"].get("skip_bad"))
