@@ -78,7 +78,8 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 _MODEL = "attn_tiny"  # unless --model names another one
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "SOURCE", "help": "cifar10, shapes (built in, no download), or a folder of images: "
-                                            "train/<class>/* and test/<class>/*, or <class>/*"},
+                                            "train/<class>/* and test/<class>/*, or <class>/* (default: cifar10, or the "
+                                            "source that the run recorded)"},
     "--model": {"metavar": "NAME", "help": f"see attn-cifar models (default: {_MODEL})"},
     "--from": {"dest": "start", "metavar": "RUN|MODEL", "help": "start from the weights of a run or a shipped model, with a new "
                                                                "last layer (fine-tuning)"},
@@ -89,10 +90,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
                                                                  "training images, at most the recipe's)"},
     "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "default": ..., "help":
                  "peak learning rate; auto: from an LR range test (default: the recipe's, or auto for plain and upstream)"},
-    "--seed": {"metavar": "N", "type": _seed, "help": "seed of weights, order and augmentation (default: 0)"},
-    "--out": {"metavar": "PATH", "help": "where results go"},
-    "--resume": {"action": "store_true", "help": "continue the run in --out from its last checkpoint; it "
-                                                "keeps its options, and more --epochs train it further"},
+    "--seed": {"metavar": "N", "type": _seed, "help": "seed of initial weights, image order and augmentation (default: 0)"},
+    "--out": {"metavar": "FOLDER", "help": "where results go (train: the run folder, default: runs/MODEL-DATA-seedN)"},
+    "--plot": {"flags": ("--out",), "metavar": "FILE", "help": "file for the plot: .png, .svg, .pdf or .jpg"},
+    "--resume": {"action": "store_true", "help": "continue the run in --out from its last checkpoint; the run "
+                                                "keeps its options; a larger --epochs (the new total) trains it further"},
     "--deterministic": {"action": "store_true", "help": "use only algorithms that give the same bits each time"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: a GPU if there is one"},
     "--image-size": {"metavar": "N", "type": int, "help": "height and width in pixels to which a folder's images are resized "
@@ -100,15 +102,16 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--skip-bad": {"action": "store_true", "help": "leave out images that cannot be read, instead of stopping"},
     "--json": {"action": "store_true", "help": "print one JSON value and nothing else"},
     "--top": {"metavar": "N", "type": _whole(1, 10**9), "default": 3, "help": "classes to show (default: 3)"},
-    "--layers": {"choices": ("last", "all"), "default": "last", "help": "layers to draw for each method (default: last)"},
+    "--layers": {"choices": ("last", "all"), "default": "last",
+                 "help": "layers to draw for each explanation method (default: last)"},
     "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside "
                                                                        "the first run)"},
     "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help": "gpu: leave out parts that do not fit into this time; "
                                                                            "the same command continues later (default: 6)"},
     "--rehearse": {"action": "store_true", "help": "gpu: run at reduced size, with or without a GPU"},
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "open to this machine only (default: 7860)"},
-    "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the picture (default: explanation.png); further files, "
-                                                                      "FILE-2.png and so on, for more than five images"},
+    "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "file for the picture (default: explanation.png); "
+                                                                      "more than five images continue in explanation-2.png, …"},
 }
 
 # %% ../nbs/cli/cli.ipynb #4c763799
@@ -605,7 +608,7 @@ _COLUMNS = 5  # images side by side in one picture
 
 
 def _explain(arguments: argparse.Namespace) -> _Result:
-    "Draw which parts of image files a model's predictions depend on, and print whether such maps are faithful."
+    "Draw maps of which parts of image files a model's predictions depend on, and print whether to trust them."
     from dataclasses import asdict
 
     from attn_cifar.predict import explain_images, load_classifier
@@ -704,7 +707,7 @@ def _app(arguments: argparse.Namespace) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> None:
-    "Run a measured comparison."
+    "Repeat one of the library's measured comparisons."
     from attn_cifar.studies.registry import run_study
 
     run_study(arguments.name, data=arguments.data, out=arguments.out, minutes=arguments.minutes,
@@ -759,7 +762,7 @@ def _model_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], _Result | None], tuple[str, ...]]] = {
     "train": (_train, ("--model", "--from", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
                        "--deterministic", "--device", *_SOURCE, "--json")),
-    "find-lr": (_find_lr, ("--model", "--recipe", "--batch-size", "--seed", "--out", "--device", *_SOURCE, "--json")),
+    "find-lr": (_find_lr, ("--model", "--recipe", "--batch-size", "--seed", "--plot", "--device", *_SOURCE, "--json")),
     "evaluate": (_evaluate, ("--data", "--skip-bad", "--json", "run")),
     "predict": (_predict, ("--json", "model", "images", "--top")),
     "explain": (_explain, ("--json", "model", "images", "--picture", "--layers")),

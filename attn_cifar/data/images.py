@@ -92,7 +92,7 @@ def _check_names(names: Any) -> tuple[str, ...]:
     "Return class names as a tuple of strings. Raises `InputError` if there are none, or duplicates."
     names = (names,) if isinstance(names, str) else tuple(str(name) for name in names)
     if not names or len(set(names)) < len(names):
-        raise InputError(f"class_names needs one different name per class, not {names}")
+        raise InputError(f"class_names needs a distinct name for each class, not {names}")
     return names
 
 
@@ -124,7 +124,7 @@ def _checked(data: "ImageData") -> dict[str, Any]:
 class ImageData:
     """A labeled image data set: training and test images, class names and normalization.
 
-    Your own arrays are checked once: labels of any integer type become int64; other mistakes raise `InputError` in `check`,
+    Your own arrays are checked once: labels of any integer type become int64; anything else raises `InputError` in `check`,
     which `split`, `subset` and `Batches` call.
     """
     train_images: np.ndarray  # uint8 (N, H, W, 3)

@@ -78,7 +78,7 @@ class DivergenceMonitor:
 class Sweep:
     "Learning rates, metric and stopping rule of a sweep."
     lrs: np.ndarray  # float (N,), ascending
-    metric: str = "loss"  # or "accuracy": the share of errors in each batch
+    metric: str = "loss"  # or "accuracy", read as the share of errors in each batch
     valid: Iterable | None = None  # validation batches; their loss is then the metric
     diverge: float = 2.0  # see `DivergenceMonitor`
     beta: float = 0.9
@@ -176,11 +176,11 @@ def _check_changes(changes: dict[str, Any], data: Any, optimizer: Any, own_loss:
     names = {field.name for field in fields(Recipe)}
     unused = {name: "in a range test" for name in ("epochs", "max_lr", "pct_start", "div_factor", "final_div_factor")}
     if not isinstance(data, ImageData):
-        unused |= {name: "beside a loader" for name in ("batch_size", "augmentation")}
+        unused |= {name: "with your own loader" for name in ("batch_size", "augmentation")}
     if optimizer is not None and not isinstance(optimizer, str):
-        unused["weight_decay"] = "beside your own optimizer"
+        unused["weight_decay"] = "with your own optimizer"
     if own_loss:
-        unused |= {name: "beside your own loss" for name in ("l1_factor", "label_smoothing")}
+        unused |= {name: "with your own loss" for name in ("l1_factor", "label_smoothing")}
     for name in changes:
         if name not in names:
             raise InputError(f"find_lr has no option {name!r}, and a recipe has no such field")
@@ -285,13 +285,13 @@ def find_lr(
     ----------
     model : the network, with the weights to start from
     data : a data set, or any loader of batches: pairs, tuples, or dictionaries with labels
-    optimizer : an optimizer, whose parameter groups keep their ratios; a class such as torch.optim.SGD; or a name as in a
-        recipe, "sgd"; default: the recipe's
+    optimizer : an optimizer, whose parameter groups keep the ratios of their rates; a class such as torch.optim.SGD; or a
+        name as in a recipe, "sgd"; default: the recipe's
     criterion : (output, labels) -> loss; default: the recipe's cross-entropy
     step : (model, batch) -> loss, for batches of any other form
     recipe : as in `fit`: batch size, augmentation, optimizer, L1 term
     valid : validation batches; their loss after each step replaces the training loss, and there are no trials
-    metric : "loss", or "accuracy" for the share of errors in each batch, without trials
+    metric : "loss", or "accuracy": 1 - accuracy of each batch, without trials
     start_lr, end_lr : range of the sweep and of the trials
     num_steps : of the sweep, 10 or more; default: a fifth of an epoch, between 20 and 100
     schedule : of the sweep, "exponential" or "linear"
@@ -310,14 +310,15 @@ def find_lr(
     Returns
     -------
     LRRangeTest
-        `suggestion` (the peak of a one-cycle schedule, or None and a `reason`), `low` and `high` (the range that is about as
-        good), `doubt` (why the suggestion may be wrong, or None), and the measured `lrs`, `losses` and `trials`.
+        `suggestion` (the peak of a one-cycle schedule, or None and a `reason`), `low` and `high` (the range whose trials
+        could not be told apart), `doubt` (why the suggestion may be wrong, or None), and the measured `lrs`, `losses` and
+        `trials`.
 
     The suggestion is the peak of a one-cycle schedule. For a constant rate, or a cosine that begins at its highest rate, start
     with a third to a tenth of it: a rule of thumb, not a measurement.
 
-    Restored: model, optimizer (the same dictionaries and tensors), loss, loaders, hooks, random generators, also plain
-    attributes. Not restored: an iterator's position, files, and what functions store elsewhere.
+    Restored: model, optimizer (the same dictionaries and tensors), loss and loaders, with their hooks and plain attributes;
+    random generators. Not restored: an iterator's position, files, and what functions store elsewhere.
 
     Raises
     ------

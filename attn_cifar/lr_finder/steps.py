@@ -146,7 +146,7 @@ def endless(loader: Iterable) -> Iterator:
             count += 1
             yield batch
         if not count:
-            raise LoaderExhausted("the loader gives no batches, or no more: an iterator works only once, pass the loader")
+            raise LoaderExhausted("the loader is empty or used up: an iterator works only once, so pass the loader itself")
         if count == 1:
             raise InputError("the loader has only one batch, which a sweep would memorize: choose a smaller batch_size")
 
