@@ -39,7 +39,7 @@ from .report.page import data_uri
 _all_ = ["Classifier", "explain_images", "load_classifier"]
 
 # %% ../nbs/cli/app.ipynb #ed068987
-_GRID = "display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1rem"
+_GRID = "display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: 1rem"
 
 
 def _figure(
@@ -168,6 +168,11 @@ def answer(
     named = dict(zip(classifier.class_names, probabilities.tolist(), strict=True))
     return named, f'<div style="{_GRID}">{"".join(figures)}</div>', " ".join(words)
 
+# %% ../nbs/cli/app.ipynb #cf740305
+def _named(name: str, probability: float) -> str:
+    "Write an answer and its probability."
+    return f"{name}, {probability:.0%}."
+
 # %% ../nbs/cli/app.ipynb #030ab600
 def _sentence(
     classifier: Classifier,
@@ -176,7 +181,7 @@ def _sentence(
     "Name the most probable class, and how often this answer was right on the test images."
     index = int(probabilities.argmax())
     name, right = classifier.class_names[index], share_right(classifier, index)
-    words = f"{name}, {float(probabilities[index]):.0%}."
+    words = _named(name, float(probabilities[index]))
     return words if right is None else f"{words} Of {right[1]:,} test images with this answer, {right[0]:.0%} were {name}."
 
 # %% ../nbs/cli/app.ipynb #5ca91e67
@@ -197,10 +202,13 @@ def _card(
 ) -> str:
     "Return everything about one picture as HTML."
     probabilities, pictures, words = answer(classifier, path)
-    bars = "" if probabilities is None else f'<div style="max-width: 24rem">{_bars(probabilities)}</div>'
-    name = html.escape(Path(path).name)
+    name, bars, answered = html.escape(Path(path).name), "", ""
+    if probabilities is not None:
+        bars = f'<div style="max-width: 24rem; margin-bottom: 1.2rem">{_bars(probabilities)}</div>'
+        answered = _named(*max(probabilities.items(), key=lambda pair: pair[1]))
+    large = f'<strong style="font-size: 1.4rem; overflow-wrap: anywhere">{html.escape(answered)}</strong>' * bool(answered)
     return (f'<section style="margin-bottom: 2rem"><h3 style="overflow-wrap: anywhere">{name}</h3>'
-            f"<p>{html.escape(words)}</p>{bars}{pictures}</section>")
+            f"<p>{large}{html.escape(words.removeprefix(answered))}</p>{bars}{pictures}</section>")
 
 # %% ../nbs/cli/app.ipynb #aba90724
 MAX_PICTURES = 20  # answered at once
@@ -249,11 +257,11 @@ def make_app(
         import gradio
     except ImportError as error:
         raise InputError("the page needs Gradio, which is not installed: pip install gradio") from error
-    look = _known(gradio.Blocks, **_look())
+    look, plain = _known(gradio.Blocks, **_look()), _known(gradio.HTML, padding=False)
     with gradio.Blocks(title="What is on this picture?", analytics_enabled=False, **look) as page:
-        gradio.HTML(_introduction(classifier))
+        gradio.HTML(_introduction(classifier), **plain)
         files = gradio.File(label="Pictures", file_count="multiple", type="filepath")
-        cards = gradio.HTML(elem_id="answers")
+        cards = gradio.HTML(elem_id="answers", **plain)
         change: Any = files.change
         change(partial(answer_all, classifier), files, cards, concurrency_limit=1,
                **_known(change, api_visibility="private", show_api=False))
