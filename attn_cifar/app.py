@@ -35,6 +35,7 @@ from .explain.maps import Explanation
 from .predict import (
     MAX_PHOTOGRAPH, Classifier, explain_images, load_classifier, read_photographs, read_size, share_right)
 from .report.page import data_uri
+from .visualization.style import whole_percent
 
 _all_ = ["Classifier", "explain_images", "load_classifier"]
 
@@ -171,7 +172,7 @@ def answer(
 # %% ../nbs/cli/app.ipynb #cf740305
 def _named(name: str, probability: float) -> str:
     "Write an answer and its probability."
-    return f"{name}, {probability:.0%}."
+    return f"{name}, {whole_percent(probability)}%."
 
 # %% ../nbs/cli/app.ipynb #030ab600
 def _sentence(
@@ -192,8 +193,8 @@ def _bars(
     "Return the most probable classes as HTML bars."
     rows = sorted(probabilities.items(), key=lambda item: -item[1])[:top]
     bar = '<div style="height: 0.3rem; width: {0:.1%}; min-width: 1px; background: #0072b2; border-radius: 2px"></div>'
-    row = '<div style="margin: 0.3rem 0; overflow-wrap: anywhere">{0} {1:.0%}{2}</div>'
-    return "".join(row.format(html.escape(name), value, bar.format(value)) for name, value in rows)
+    row = '<div style="margin: 0.3rem 0; overflow-wrap: anywhere">{0} {1}%{2}</div>'
+    return "".join(row.format(html.escape(name), html.escape(whole_percent(value)), bar.format(value)) for name, value in rows)
 
 # %% ../nbs/cli/app.ipynb #a039f58c
 def _card(
@@ -257,11 +258,11 @@ def make_app(
         import gradio
     except ImportError as error:
         raise InputError("the page needs Gradio, which is not installed: pip install gradio") from error
-    look, plain = _known(gradio.Blocks, **_look()), _known(gradio.HTML, padding=False)
+    look = _known(gradio.Blocks, **_look())
     with gradio.Blocks(title="What is on this picture?", analytics_enabled=False, **look) as page:
-        gradio.HTML(_introduction(classifier), **plain)
+        gradio.HTML(_introduction(classifier))
         files = gradio.File(label="Pictures", file_count="multiple", type="filepath")
-        cards = gradio.HTML(elem_id="answers", **plain)
+        cards = gradio.HTML(elem_id="answers")
         change: Any = files.change
         change(partial(answer_all, classifier), files, cards, concurrency_limit=1,
                **_known(change, api_visibility="private", show_api=False))
@@ -274,7 +275,7 @@ def _look() -> dict[str, Any]:
 
     rename = "() => document.querySelectorAll('button.upload-container').forEach(button => button.removeAttribute('aria-label'))"
     return {"theme": gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            "css": ".upload-container .or { color: inherit !important }", "js": rename}
+            "css": ".upload-container .or { color: inherit !important } .html-container { padding: 0 !important }", "js": rename}
 
 # %% ../nbs/cli/app.ipynb #9be6cbae
 _HERE = "127.0.0.1", "localhost", "::1"  # this machine, also through a tunnel

@@ -210,7 +210,7 @@ def _training_images(results: RunResults, pictures: Mapping[str, Picture]) -> Se
             pixels = unnormalize(images, data.mean, data.std).permute(0, 2, 3, 1).numpy()
             strips.append((name, [embed_image(image, f"{name}, training image") for image in pixels]))
     cut = f" These are the first {_MOST_ROWS} of {len(data.class_names):,} classes." * (len(data.class_names) > _MOST_ROWS)
-    text = f"Five of each class as the network gets them, augmented anew in each epoch.{cut}"
+    text = f"Up to five of each class as the network gets them, augmented anew in each epoch.{cut}"
     return Section("training-images", "Training images", text, strips=strips)
 
 # %% ../../nbs/report/sections.ipynb #bd8ad5da

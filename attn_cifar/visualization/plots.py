@@ -128,7 +128,7 @@ def _limit_losses(
         start = np.median(finite[: max(1, len(finite) // 10)])
         low = min([finite.min(), *ends])
         room = max(start - low, 0.2 * abs(start), 1e-6)
-        ax.set_ylim(low - 0.6 * room, min(start + room, max(finite.max(), start) + 0.25 * room))
+        ax.set_ylim(low - 0.2 * room, min(start + room, max(finite.max(), start) + 0.25 * room))
 
 # %% ../../nbs/08_visualization.ipynb #07d1575d
 def _mark_suggestion(
@@ -178,7 +178,7 @@ def plot_lr_find(
     if not result.trusted:
         _write_reason(ax, result)
     ax.set(xlabel="learning rate", ylabel="loss [nats]", title="LR range test")
-    ax.legend(loc="lower left", frameon=True, facecolor="white", edgecolor="none", framealpha=0.85)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below the axes, where it hides no curve
     return ax
 
 # %% ../../nbs/08_visualization.ipynb #d185f361
