@@ -294,7 +294,7 @@ def _comes_from_here(scope: Any) -> bool:
 class _OnlyThisServer:
     """ASGI middleware that forbids the browser to contact any other server, and other sites to reach this one.
 
-    A site whose name leads to this machine (DNS rebinding) is known by its `Host`, a form or script of another site by its `Origin`.
+    A site whose name leads to this machine (DNS rebinding) is known by its `Host`, another site's form or script by its `Origin`.
     """
 
     policy = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; frame-ancestors 'self'"

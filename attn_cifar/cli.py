@@ -85,11 +85,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--recipe": {"metavar": "NAME", "help": "hyperparameters by name: plain, upstream, tiny, small, base or speed "
                                             "(default: the model's own)"},
     "--epochs": {"metavar": "N", "type": int, "help": "passes over the training images (default: the recipe's)"},
-    "--batch-size": {"metavar": "N", "type": int, "help": "images per step (default: from the number of "
+    "--batch-size": {"metavar": "N", "type": int, "help": "images per step (default: chosen by the number of "
                                                                  "training images, at most the recipe's)"},
     "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "default": ..., "help":
-                 "peak learning rate; auto: by an LR range test (default: the recipe's, or auto for plain and upstream)"},
-    "--seed": {"metavar": "N", "type": _seed, "help": "of weights, order and augmentation (default: 0)"},
+                 "peak learning rate; auto: from an LR range test (default: the recipe's, or auto for plain and upstream)"},
+    "--seed": {"metavar": "N", "type": _seed, "help": "seed of weights, order and augmentation (default: 0)"},
     "--out": {"metavar": "PATH", "help": "where results go"},
     "--resume": {"action": "store_true", "help": "continue the run in --out from its last checkpoint; it "
                                                 "keeps its options, and more --epochs train it further"},
@@ -100,13 +100,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--skip-bad": {"action": "store_true", "help": "leave out images that cannot be read, instead of stopping"},
     "--json": {"action": "store_true", "help": "print one JSON value and nothing else"},
     "--top": {"metavar": "N", "type": _whole(1, 10**9), "default": 3, "help": "classes to show (default: 3)"},
-    "--layers": {"choices": ("last", "all"), "default": "last", "help": "of each method (default: last)"},
+    "--layers": {"choices": ("last", "all"), "default": "last", "help": "layers to draw for each method (default: last)"},
     "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside "
                                                                        "the first run)"},
     "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help": "gpu: leave out parts that do not fit into this time; "
                                                                            "the same command continues later (default: 6)"},
-    "--rehearse": {"action": "store_true", "help": "gpu: at reduced size, with or without a GPU"},
-    "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "on this machine alone (default: 7860)"},
+    "--rehearse": {"action": "store_true", "help": "gpu: run at reduced size, with or without a GPU"},
+    "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "open to this machine only (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "the picture (default: explanation.png); further files, "
                                                                       "FILE-2.png and so on, for more than five images"},
 }
@@ -114,7 +114,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 # %% ../nbs/cli/cli.ipynb #4c763799
 _POSITIONALS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN", "help": "a run folder, as written by train"},
-    "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; several: a page that compares them"},
+    "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; with several, a page that compares them"},
     "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
     "name": {"metavar": "NAME",
@@ -290,7 +290,7 @@ def _load(arguments: argparse.Namespace, default: str | None = None) -> "ImageDa
 
     source = arguments.data or default
     if source is None:
-        raise InputError("this run does not say where its images came from: give --data")
+        raise InputError("this run has no record of where its images came from: give --data")
     _progress.info("loading images")
     return load_data(source, image_size=arguments.image_size, skip_bad=arguments.skip_bad)
 
@@ -320,8 +320,8 @@ def _resolved(path: str | os.PathLike) -> Path:
 def _refuse_inside(out: Path, source: str) -> None:
     "Refuse an output inside the folder of images."
     if Path(source).is_dir() and _resolved(source) in (_resolved(out), *_resolved(out).parents):
-        raise InputError(f"{out} lies inside the folder of images, which would take it for one of them: name another place "
-                         "with --out")
+        raise InputError(f"{out} lies inside the folder of images, so the next run would read it as an image: "
+                         "choose another place with --out")
 
 # %% ../nbs/cli/cli.ipynb #016a19d7
 _PICTURES = ".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp"
@@ -364,7 +364,7 @@ def _complete(
     kept = config or new
     arguments.data = arguments.data or _recorded(kept)
     if arguments.data is None:
-        raise InputError("this run does not say where its images came from: give --data")
+        raise InputError("this run has no record of where its images came from: give --data")
     arguments.model = arguments.model or kept["model"]
     arguments.seed = kept["seed"] if arguments.seed is None else arguments.seed
     arguments.skip_bad = arguments.skip_bad or bool(kept["notes"].get("skip_bad"))
@@ -691,7 +691,7 @@ def _explanation_lines(
         yield "whether such maps can be believed has not been measured for this network: attn-cifar report RUN measures it"
     for found in known:
         yield (f"  {found.method} in {found.layer}: {found.verdict} (deletion {found.deletion:.3f}, insertion "
-               f"{found.insertion:.3f}, gain {found.gain:+.3f} ± {found.error:.3f}, likeness to shuffled weights "
+               f"{found.insertion:.3f}, gain {found.gain:+.3f} ± {found.error:.3f}, similarity to shuffled weights "
                f"{found.resemblance:+.2f})")
     yield from value["files"]
 
@@ -712,7 +712,7 @@ def _study(arguments: argparse.Namespace) -> None:
 
 # %% ../nbs/cli/cli.ipynb #9a3a5a66
 def _report(arguments: argparse.Namespace) -> _Result:
-    "Write a run's report again, or a page that compares several runs."
+    "Rewrite a run's report, or write a page that compares several runs."
     from attn_cifar.report.sections import make_report
     from attn_cifar.training.runs import load_run
 
@@ -742,7 +742,7 @@ def _compare(arguments: argparse.Namespace) -> _Result:
 
 # %% ../nbs/cli/cli.ipynb #57e0acf0
 def _models(arguments: argparse.Namespace) -> _Result:
-    "List the models with their price."
+    "List the models with their size and cost."
     from attn_cifar.models.registry import describe_model, list_models
 
     entries = [describe_model(name) for name in list_models()]
@@ -751,7 +751,7 @@ def _models(arguments: argparse.Namespace) -> _Result:
 
 def _model_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
     "Lay out models as a table."
-    yield f"{'name':16} {'parameters':>10} {'MACs an image':>14}  what it is"
+    yield f"{'name':16} {'parameters':>10} {'MACs/image':>14}  what it is"
     for entry in entries:
         yield f"{entry['name']:16} {entry['parameters']:10,} {entry['macs']:14,}  {entry['summary']}"
 

@@ -142,7 +142,8 @@ def test_dropped_pictures_are_named_and_explained(address, browser, tmp_path, ho
     words = until(lambda: text if "words.png is not a readable image" in (text := text_of(browser)) else "")
     for file, row in zip(files, expected, strict=True):
         name = classifier.class_names[int(row.argmax())]
-        assert f"{file.name}" in words and f"{name}, {'>99%' if float(row.max()) > 0.99 else f'{float(row.max()):.0%}'}. Of " in words
+        share = ">99%" if row.max() > 0.99 else f"{float(row.max()):.0%}"
+        assert f"{file.name}" in words and f"{name}, {share}. Of " in words
     assert "Your picture\n200×150 pixels" in words and "the square in the middle" in words
     assert "based on" in words or "No single part decides" in words
     pictures = "return [...document.querySelectorAll('#answers img')].map(i => [i.naturalWidth, i.alt.length])"

@@ -134,8 +134,8 @@ def test_report_has_every_section_and_loads_nothing(run_folder):
     assert {link.removeprefix("#") for link in page.all("href", "a")} <= set(page.all("id"))
     assert len(set(page.all("id"))) == len(page.all("id")), "an id is used twice"
     assert len(page.all("href", "a")) == 5, "four groups, and the link that skips them"
-    panels = {"confusion", "classes", "pairs", "calibration", "grad-cam", "attention-rollout", "gradient-attention", "attention", "environment",
-              "training-images", "schedule", "range-test", "network", "remake"}
+    panels = {"confusion", "classes", "pairs", "calibration", "grad-cam", "attention-rollout", "gradient-attention", "attention",
+              "environment", "training-images", "schedule", "range-test", "network", "remake"}
     assert panels | {"overview", "curves", "confusions", "mistakes", "explanations"} <= set(page.all("id"))
     assert all(page.all("alt", "img")) and len(page.all("alt", "img")) == html.count("<img") > 60
     assert all(address.startswith("data:image/") for address in page.all("src") + page.all("href", "link"))
@@ -467,8 +467,8 @@ def test_a_doubted_suggestion_is_no_advice(run_folder):
 def test_what_comes_next_stands_under_the_accuracy(browser, run_folder):
     for width in (390, 1440):
         open_page(browser, (run_folder / "report.html").resolve().as_uri(), width, "light")
-        order = browser.execute_script("return ['.score', '.advice', '.facts', '.tiles'].map(name => {"
-                                       "const box = document.querySelector(name).getBoundingClientRect(); return [box.top, box.left] })")
+        order = browser.execute_script("""return ['.score', '.advice', '.facts', '.tiles'].map(name => {
+            const box = document.querySelector(name).getBoundingClientRect(); return [box.top, box.left] })""")
         tops = [top for top, _ in order]
         assert tops[0] < tops[1] < tops[3] and (tops[1] < tops[2] if width == 390 else order[1][1] < order[2][1])
 
@@ -483,12 +483,15 @@ def test_one_epoch_is_drawn_from_zero(run_folder):
 def test_nothing_is_cut_off_on_a_phone(browser, run_folder):
     """Explained images are large, class names whole, and small print scrolls."""
     open_page(browser, (run_folder / "report.html").resolve().as_uri(), 390, "light")
-    assert min(browser.execute_script("return [...document.querySelectorAll('#explanations .current img')].map(i => i.clientWidth)")) > 90
+    maps = "return [...document.querySelectorAll('#explanations .current img')].map(image => image.clientWidth)"
+    assert min(browser.execute_script(maps)) > 90
     heights = browser.execute_script("return [...document.querySelectorAll('#confusions [role=tab]')].map(tab => tab.offsetTop)")
     assert len(set(heights)) == 1, "the tabs need two rows"
     browser.execute_script("document.getElementById('classes-tab').click(); document.getElementById('network-tab').click()")
     lines = browser.execute_script("""return [...document.querySelectorAll('#classes tbody th span')].map(span => {
-        const range = document.createRange(); range.selectNodeContents(span); return [span.innerText, range.getClientRects().length] })""")
+        const range = document.createRange();
+        range.selectNodeContents(span);
+        return [span.innerText, range.getClientRects().length] })""")
     assert {name: count for name, count in lines if name != HOSTILE} == dict.fromkeys(load_data("shapes").class_names[1:], 1)
     assert browser.execute_script("const plot = document.querySelector('#network .plot');"
                                   "return plot.scrollWidth > plot.clientWidth && plot.tabIndex === 0")

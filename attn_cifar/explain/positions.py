@@ -119,7 +119,7 @@ CLEAR = 0.2  # nats: a patch changes its own place by a fifth more than is usual
 
 
 def _agrees(changes: Tensor) -> tuple[bool, float]:
-    "Report whether each patch changes its own place, `changes` (patches, rows, columns), and by how much more than others, in nats."
+    "Report whether each patch changes its own place, and by how much more than others, in nats; (patches, rows, columns)."
     changes = changes / changes.mean((1, 2), keepdim=True).clamp(min=torch.finfo(changes.dtype).tiny)
     excess = (changes + 0.01).log()
     excess = excess - excess.mean(0) - excess.mean((1, 2), keepdim=True) + excess.mean()

@@ -82,8 +82,8 @@ def _result(runs: Sequence[Run]) -> Section:
     tables = [Table(("Run", "Accuracy", "95 % interval", "Points from A"), rows),
               Table(("Run", "Model", "Parameters", "Epochs", "Seconds"), costs)]
     name, share = most_common(runs[0].need_evaluation())
-    text = (f"{_best(runs)}Always answering {name + ', ' if name else ''}the most common class gives {percent(share)}. Differences from A "
-            f"are measured image by image.")
+    text = (f"{_best(runs)}Always answering {name + ', ' if name else ''}the most common class gives {percent(share)}. "
+            "Differences from A are measured image by image.")
     return Section("result", "Result", text, wide=True, tables=tables)
 
 # %% ../../nbs/report/comparison.ipynb #cebb4b09

@@ -105,7 +105,7 @@ def _curves(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     if not history:
         raise InputError("no epoch has been finished yet")
     changes = {name: f"from {history[0][name]:.3f} to {history[-1][name]:.3f}" for name in history[0]}
-    text = "Training: on augmented images while the weights change, with the recipe's penalties. Test: after each epoch."
+    text = "Training: averaged over the epoch, on augmented images, with the recipe's penalties. Test: after each epoch."
     charts: list[Chart | Matrix] = []
     for quantity, factor, unit, form in (("accuracy", 100, "%", ".2f"), ("loss", 1, "nats", ".4f")):
         lines = {label: [factor * row[f"{split}_{quantity}"] for row in history] for split, label in (
@@ -229,13 +229,13 @@ def _range_test(results: RunResults, pictures: Mapping[str, Picture]) -> Section
     test = results.range_test
     if "lr_find" not in pictures:
         raise InputError("the range test has no curve")
-    suggestion = f"It suggests {test.suggestion:.3g}." if test.suggestion else f"It suggests none: {test.reason}."
+    suggestion = f"Suggestion: {test.suggestion:.3g}." if test.suggestion else f"No suggestion: {test.reason}."
     if test.doubt:
-        suggestion += f" Do not trust that: {test.doubt}."
+        suggestion += f" Do not trust it: {test.doubt}."
     alt = f"Loss over learning rates from {test.lrs[0]:.3g} to {test.lrs[-1]:.3g}. {suggestion}"
     text = "The loss of one step at each learning rate, before training"
     text += f", and of short training runs at {len(test.trials)} of them" if test.trials else ""
-    text += f"; near a divergence, of longer ones. {suggestion}" if test.longer else f". {suggestion}"
+    text += f", and of longer ones near a divergence. {suggestion}" if test.longer else f". {suggestion}"
     return Section("range-test", "LR range test", text, plots=_show(pictures, "lr_find", alt))
 
 # %% ../../nbs/report/sections.ipynb #2fac797c

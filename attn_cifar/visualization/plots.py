@@ -146,7 +146,8 @@ def _mark_suggestion(
 def _write_reason(ax: "Axes", result: "LRRangeTest") -> None:
     "Write why there is no suggestion, or why not to trust it."
     declined = f"no suggestion: {result.reason or 'the loss did not fall'}"
-    reason = textwrap.fill(f"do not trust this: {result.doubt}" if result.doubt else declined, round(9.5 * ax.figure.get_size_inches()[0]))
+    columns = round(9.5 * ax.figure.bbox.width / ax.figure.dpi)
+    reason = textwrap.fill(f"do not trust this: {result.doubt}" if result.doubt else declined, columns)
     (low, high), lines = ax.get_ylim(), reason.count("\n") + 1
     ax.set_ylim(low, high + 0.09 * lines * (high - low))  # room above the curve
     ax.text(0.5, 0.97, reason, transform=ax.transAxes, ha="center", va="top", color=COLORS["orange"], fontsize=10,
