@@ -30,8 +30,10 @@ from attn_cifar.explain import METHODS, read_faithfulness
 from attn_cifar.lr_finder import LRRangeTest, find_lr
 from attn_cifar.models import create_model
 from attn_cifar.report import figures, make_comparison, make_report, paired_difference, remake_command, sections, verdicts
-from attn_cifar.report.chart import Matrix
+from attn_cifar.report.chart import CHART_STYLE, Chart, Matrix
 from attn_cifar.training import RECIPES, Evaluation, Run, fit, load_run
+from attn_cifar.visualization import plot_lr_find
+from attn_cifar.visualization.style import new_axes
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -507,6 +509,27 @@ def test_no_title_leaves_its_figure(tmp_path, name):
     drawn.figure.draw_without_rendering()
     title = drawn._left_title.get_window_extent()
     assert title.width and title.x1 <= drawn.figure.bbox.x1
+
+
+def test_nothing_covers_the_curve_of_a_range_test():
+    """The doubt stands above the data, the legend below the axes."""
+    losses = np.linspace(2.5, 2.3, 50)
+    found = LRRangeTest(np.logspace(-4, 0, 50), losses, losses, 0.01, None, {}, doubt="no evidence of learning: " + "long " * 20)
+    ax = plot_lr_find(found, new_axes(3.2, figures.NARROW))
+    ax.figure.draw_without_rendering()
+    text, legend = (part.get_window_extent() for part in (ax.texts[-1], ax.get_legend()))
+    points = ax.transData.transform(np.stack([found.lrs, losses], 1))
+    assert text.y0 > points[:, 1].max() and legend.y1 < ax.bbox.y0 and ax.bbox.x0 <= text.x0 and text.x1 <= ax.bbox.x1
+
+
+def test_lines_differ_in_more_than_their_color(browser, tmp_path):
+    lines = {f"{index}": [index, index + 1] for index in range(6)}
+    (tmp_path / "page.html").write_text(f"<style>{CHART_STYLE}</style>{Chart('', lines, [1, 2], '').svg}", encoding="utf-8")
+    open_page(browser, (tmp_path / "page.html").resolve().as_uri(), 390, "light")
+    for kind in ("polyline", ".sample"):
+        dashes = browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(line => "
+                                        "getComputedStyle(line).strokeDasharray)", kind)
+        assert len(set(dashes)) == 6
 
 
 @pytest.mark.parametrize("longest", ["a", "hourglass", "a name that is shortened"])
