@@ -35,11 +35,12 @@ from .explain.maps import Explanation
 from .predict import (
     MAX_PHOTOGRAPH, Classifier, explain_images, load_classifier, read_photographs, read_size, share_right)
 from .report.page import data_uri
+from .visualization.style import whole_percent
 
 _all_ = ["Classifier", "explain_images", "load_classifier"]
 
 # %% ../nbs/cli/app.ipynb #ed068987
-_GRID = "display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: 1rem"
+_GRID = "display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: 1rem"
 
 
 def _figure(
@@ -168,6 +169,11 @@ def answer(
     named = dict(zip(classifier.class_names, probabilities.tolist(), strict=True))
     return named, f'<div style="{_GRID}">{"".join(figures)}</div>', " ".join(words)
 
+# %% ../nbs/cli/app.ipynb #cf740305
+def _named(name: str, probability: float) -> str:
+    "Write an answer and its probability."
+    return f"{name}, {whole_percent(probability)}%."
+
 # %% ../nbs/cli/app.ipynb #030ab600
 def _sentence(
     classifier: Classifier,
@@ -176,7 +182,7 @@ def _sentence(
     "Name the most probable class, and how often this answer was right on the test images."
     index = int(probabilities.argmax())
     name, right = classifier.class_names[index], share_right(classifier, index)
-    words = f"{name}, {float(probabilities[index]):.0%}."
+    words = _named(name, float(probabilities[index]))
     return words if right is None else f"{words} Of {right[1]:,} test images with this answer, {right[0]:.0%} were {name}."
 
 # %% ../nbs/cli/app.ipynb #5ca91e67
@@ -187,8 +193,8 @@ def _bars(
     "Return the most probable classes as HTML bars."
     rows = sorted(probabilities.items(), key=lambda item: -item[1])[:top]
     bar = '<div style="height: 0.3rem; width: {0:.1%}; min-width: 1px; background: #0072b2; border-radius: 2px"></div>'
-    row = '<div style="margin: 0.3rem 0; overflow-wrap: anywhere">{0} {1:.0%}{2}</div>'
-    return "".join(row.format(html.escape(name), value, bar.format(value)) for name, value in rows)
+    row = '<div style="margin: 0.3rem 0; overflow-wrap: anywhere">{0} {1}%{2}</div>'
+    return "".join(row.format(html.escape(name), html.escape(whole_percent(value)), bar.format(value)) for name, value in rows)
 
 # %% ../nbs/cli/app.ipynb #a039f58c
 def _card(
@@ -197,10 +203,13 @@ def _card(
 ) -> str:
     "Return everything about one picture as HTML."
     probabilities, pictures, words = answer(classifier, path)
-    bars = "" if probabilities is None else f'<div style="max-width: 24rem">{_bars(probabilities)}</div>'
-    name = html.escape(Path(path).name)
+    name, bars, answered = html.escape(Path(path).name), "", ""
+    if probabilities is not None:
+        bars = f'<div style="max-width: 24rem; margin-bottom: 1.2rem">{_bars(probabilities)}</div>'
+        answered = _named(*max(probabilities.items(), key=lambda pair: pair[1]))
+    large = f'<strong style="font-size: 1.4rem; overflow-wrap: anywhere">{html.escape(answered)}</strong>' * bool(answered)
     return (f'<section style="margin-bottom: 2rem"><h3 style="overflow-wrap: anywhere">{name}</h3>'
-            f"<p>{html.escape(words)}</p>{bars}{pictures}</section>")
+            f"<p>{large}{html.escape(words.removeprefix(answered))}</p>{bars}{pictures}</section>")
 
 # %% ../nbs/cli/app.ipynb #aba90724
 MAX_PICTURES = 20  # answered at once
@@ -266,7 +275,7 @@ def _look() -> dict[str, Any]:
 
     rename = "() => document.querySelectorAll('button.upload-container').forEach(button => button.removeAttribute('aria-label'))"
     return {"theme": gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            "css": ".upload-container .or { color: inherit !important }", "js": rename}
+            "css": ".upload-container .or { color: inherit !important } .html-container { padding: 0 !important }", "js": rename}
 
 # %% ../nbs/cli/app.ipynb #9be6cbae
 _HERE = "127.0.0.1", "localhost", "::1"  # this machine, also through a tunnel

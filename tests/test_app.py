@@ -35,6 +35,15 @@ for (const kind of ['dragenter', 'dragover', 'drop'])
 """
 
 
+ROWS = """
+const tops = [...document.querySelector('#answers section').querySelectorAll('figure')].map(figure => figure.offsetTop);
+return [...new Set(tops)].map(top => tops.filter(other => other === top).length);
+"""
+EDGES = """
+const input = document.querySelector('input[type=file]').closest('.block');
+const boxes = [document.querySelector('h1'), input, document.querySelector('#answers h3')];
+return new Set(boxes.map(box => Math.round(box.getBoundingClientRect().left))).size;
+"""
 PROXIES = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody answers there
 
 
@@ -133,13 +142,16 @@ def test_dropped_pictures_are_named_and_explained(address, browser, tmp_path, ho
     words = until(lambda: text if "words.png is not a readable image" in (text := text_of(browser)) else "")
     for file, row in zip(files, expected, strict=True):
         name = classifier.class_names[int(row.argmax())]
-        assert f"{file.name}" in words and f"{name}, {float(row.max()):.0%}. Of " in words
+        share = ">99%" if row.max() > 0.99 else f"{float(row.max()):.0%}"
+        assert f"{file.name}" in words and f"{name}, {share}. Of " in words
     assert "Your picture\n200×150 pixels" in words and "the square in the middle" in words
     assert "based on" in words or "No single part decides" in words
     pictures = "return [...document.querySelectorAll('#answers img')].map(i => [i.naturalWidth, i.alt.length])"
     sizes = until(lambda: shown if len(shown := browser.execute_script(pictures)) == 10 and all(w for w, _ in shown) else None)
     assert [width for width, _ in sizes] == [200, 32, 150, 150, 150] + [32] * 5 and all(length for _, length in sizes)
     assert browser.execute_script("return document.scrollingElement.scrollWidth") <= width, "it scrolls sideways"
+    assert browser.execute_script(ROWS) == ([2, 2, 1] if width == 390 else [5]), "pictures stand side by side"
+    assert browser.execute_script(EDGES) == 1, "text, field and answers begin at different places"
     requests += requests_of(browser)
     assert all(request.startswith(allowed(address)) for request in requests), "it asks other servers"
     assert complaints(browser) == [], "the console complains"

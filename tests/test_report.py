@@ -27,10 +27,13 @@ from attn_cifar.cli import make_parser
 from attn_cifar.core import InputError
 from attn_cifar.data import ImageData, load_data
 from attn_cifar.explain import METHODS, read_faithfulness
-from attn_cifar.lr_finder import find_lr
+from attn_cifar.lr_finder import LRRangeTest, find_lr
 from attn_cifar.models import create_model
 from attn_cifar.report import figures, make_comparison, make_report, paired_difference, remake_command, sections, verdicts
+from attn_cifar.report.chart import CHART_STYLE, Chart, Matrix
 from attn_cifar.training import RECIPES, Evaluation, Run, fit, load_run
+from attn_cifar.visualization import plot_lr_find
+from attn_cifar.visualization.style import new_axes
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -133,9 +136,9 @@ def test_report_has_every_section_and_loads_nothing(run_folder):
     assert {link.removeprefix("#") for link in page.all("href", "a")} <= set(page.all("id"))
     assert len(set(page.all("id"))) == len(page.all("id")), "an id is used twice"
     assert len(page.all("href", "a")) == 5, "four groups, and the link that skips them"
-    panels = {"confusion", "classes", "pairs", "grad-cam", "attention-rollout", "gradient-attention", "attention", "environment",
-              "training-images", "schedule", "range-test", "network", "remake"}
-    assert panels | {"overview", "curves", "calibration", "confusions", "mistakes", "explanations"} <= set(page.all("id"))
+    panels = {"confusion", "classes", "pairs", "calibration", "grad-cam", "attention-rollout", "gradient-attention", "attention",
+              "environment", "training-images", "schedule", "range-test", "network", "remake"}
+    assert panels | {"overview", "curves", "confusions", "mistakes", "explanations"} <= set(page.all("id"))
     assert all(page.all("alt", "img")) and len(page.all("alt", "img")) == html.count("<img") > 60
     assert all(address.startswith("data:image/") for address in page.all("src") + page.all("href", "link"))
     assert not any(word in html for word in ("http:", "https:", "url(", "@import"))
@@ -183,11 +186,11 @@ def test_tabs_follow_the_arrow_keys(browser, run_folder):
     open_page(browser, (run_folder / "report.html").resolve().as_uri(), 1440, "light")
     assert browser.execute_script(SHOWN_PANELS) == ["confusion", "grad-cam", "training-images"]
     tabs = browser.find_elements("css selector", "#confusions [role=tab]")
-    assert [tab.get_attribute("aria-selected") for tab in tabs] == ["true", "false", "false"]
+    assert [tab.get_attribute("aria-selected") for tab in tabs] == ["true", "false", "false", "false"]
     tabs[0].send_keys(Keys.ARROW_RIGHT)
     assert browser.execute_script("return document.activeElement.id") == "classes-tab"
     assert browser.execute_script(SHOWN_PANELS)[0] == "classes"
-    for key, expected in ((Keys.END, "pairs"), (Keys.ARROW_RIGHT, "confusion"), (Keys.ARROW_LEFT, "pairs"),
+    for key, expected in ((Keys.END, "calibration"), (Keys.ARROW_RIGHT, "confusion"), (Keys.ARROW_LEFT, "calibration"),
                           (Keys.HOME, "confusion")):
         browser.switch_to.active_element.send_keys(key)
         assert browser.execute_script(SHOWN_PANELS)[0] == expected
@@ -209,7 +212,7 @@ def test_all_panels_show(browser, run_folder, way):
         open_page(browser, (run_folder / "report.html").resolve().as_uri(), 1440, "light")
         browser.execute_cdp_cmd(command, on)
         panels = browser.find_elements("css selector", ".panel")
-        assert len(panels) == 13 and all(panel.is_displayed() for panel in panels)
+        assert len(panels) == 14 and all(panel.is_displayed() for panel in panels)
         assert all(panel.find_element("css selector", "h4").is_displayed() for panel in panels)
         assert not any(tab.is_displayed() for tab in browser.find_elements("css selector", "[role=tab]"))
     finally:
@@ -413,7 +416,7 @@ def test_columns_without_content_are_left_out(tmp_path):
     assert make_report(run, data).read_bytes() == before, "a report made again is the same"
 
 
-@pytest.mark.parametrize(("wrong", "poor"), [(10, True), (0, False)])
+@pytest.mark.parametrize(("wrong", "poor"), [(10, True), (1, False)])
 def test_the_baseline_is_the_most_common_class(tmp_path, wrong, poor):
     labels = torch.tensor([0] * 90 + [1] * 10)
     guess = torch.where(torch.arange(100) < 100 - wrong, labels, 0)
@@ -426,6 +429,116 @@ def test_the_baseline_is_the_most_common_class(tmp_path, wrong, poor):
     assert ("not distinguishable" in accuracy[2]) == poor and "95 % interval" in accuracy[2]
 
 
+def make_hot(folder: Path, guess: torch.Tensor, labels: torch.Tensor, history: list | None = None) -> tuple[Run, ImageData]:
+    """Make a run that is sure of its answers."""
+    return make_run(folder, 50 * torch.nn.functional.one_hot(guess, int(labels.max()) + 1).float(), labels, history)
+
+
+def epochs_of(losses: list[float], train_accuracy: float = 0.5) -> list[dict]:
+    """Make the history of a run from its test losses."""
+    return [{"epoch": float(epoch), "train_loss": 1.0, "train_accuracy": train_accuracy, "test_loss": loss, "test_accuracy": 0.5,
+             "lr": 0.1, "seconds": 1.0} for epoch, loss in enumerate(losses, 1)]
+
+
+def test_a_network_that_learned_nothing_is_not_praised(tmp_path):
+    labels = torch.arange(100) % 10
+    run, _ = make_hot(tmp_path / "run", labels * 0, labels, epochs_of([2.3], train_accuracy=0.1))
+    lines = {question: (number, sentence) for question, number, sentence in verdicts(run)}
+    assert "overfitting" not in lines["Fit"][1] and "not learned its training images" in lines["Fit"][1]
+    assert lines["Next"][0] == "Another max_lr,", "more epochs alone do not help"
+    assert lines["Weakest"][1].startswith("of 10 images of class 1,"), "on how many images"
+
+
+def test_a_perfect_run_asks_for_other_images(tmp_path):
+    labels = torch.arange(40) % 2
+    run, data = make_hot(tmp_path / "run", labels, labels, epochs_of([1e-3, 1e-9]))
+    html = make_report(run, data).read_text(encoding="utf-8")
+    assert "more epochs" not in html.lower() and "Harder test images," in html and "which has settled" in html
+    card = html[html.index('id="mistakes"'):html.index('id="setup"')]
+    assert "least confident answers" in card and card.count("<img") == sections.MISTAKES, "no empty card"
+
+
+def test_a_doubted_suggestion_is_no_advice(run_folder):
+    found = LRRangeTest.load(run_folder / "lr_find.json")
+    labels = torch.arange(100) % 10
+    run, _ = make_hot(run_folder.parent / "doubt", labels * 0, labels)
+    lines = [verdicts(run, replace(found, suggestion=0.0321, doubt=doubt)) for doubt in (None, "the loss did not fall")]
+    assert ["0.0321" in one[-1][2] for one in lines] == [True, False] and "doubts it" in lines[1][-2][2]
+
+
+def test_what_comes_next_stands_under_the_accuracy(browser, run_folder):
+    for width in (390, 1440):
+        open_page(browser, (run_folder / "report.html").resolve().as_uri(), width, "light")
+        order = browser.execute_script("""return ['.score', '.advice', '.facts', '.tiles'].map(name => {
+            const box = document.querySelector(name).getBoundingClientRect(); return [box.top, box.left] })""")
+        tops = [top for top, _ in order]
+        assert tops[0] < tops[1] < tops[3] and (tops[1] < tops[2] if width == 390 else order[1][1] < order[2][1])
+
+
+def test_one_epoch_is_drawn_from_zero(run_folder):
+    html = (run_folder / "report.html").read_text(encoding="utf-8")
+    curves = html[html.index('id="curves"'):html.index('id="confusions"')]
+    ticks = [float(words.partition("<")[0]) for words in curves.split('text-anchor="end">')[1:] if words[0].isdigit()]
+    assert ticks.count(0) == 2 and len(load_run(run_folder).history) == 1
+
+
+def test_nothing_is_cut_off_on_a_phone(browser, run_folder):
+    """Explained images are large, class names whole, and small print scrolls."""
+    open_page(browser, (run_folder / "report.html").resolve().as_uri(), 390, "light")
+    maps = "return [...document.querySelectorAll('#explanations .current img')].map(image => image.clientWidth)"
+    assert min(browser.execute_script(maps)) > 90
+    heights = browser.execute_script("return [...document.querySelectorAll('#confusions [role=tab]')].map(tab => tab.offsetTop)")
+    assert len(set(heights)) == 1, "the tabs need two rows"
+    browser.execute_script("document.getElementById('classes-tab').click(); document.getElementById('network-tab').click()")
+    lines = browser.execute_script("""return [...document.querySelectorAll('#classes tbody th span')].map(span => {
+        const range = document.createRange();
+        range.selectNodeContents(span);
+        return [span.innerText, range.getClientRects().length] })""")
+    assert {name: count for name, count in lines if name != HOSTILE} == dict.fromkeys(load_data("shapes").class_names[1:], 1)
+    assert browser.execute_script("const plot = document.querySelector('#network .plot');"
+                                  "return plot.scrollWidth > plot.clientWidth && plot.tabIndex === 0")
+
+
+@pytest.mark.parametrize("name", ["schedule", "calibration"])
+def test_no_title_leaves_its_figure(tmp_path, name):
+    labels = torch.arange(40) % 2
+    run, data = make_hot(tmp_path / "run", 1 - labels, labels)
+    run.steps["lr"] = [0.001, 0.01]  # with long numbers at the axis, less room remains
+    drawn = figures.FIGURES[name](figures.RunResults(run, data))
+    drawn.figure.set_dpi(160)  # as it is saved
+    drawn.figure.draw_without_rendering()
+    title = drawn._left_title.get_window_extent()
+    assert title.width and title.x1 <= drawn.figure.bbox.x1
+
+
+def test_nothing_covers_the_curve_of_a_range_test():
+    """The doubt stands above the data, the legend below the axes."""
+    losses = np.linspace(2.5, 2.3, 50)
+    found = LRRangeTest(np.logspace(-4, 0, 50), losses, losses, 0.01, None, {}, doubt="no evidence of learning: " + "long " * 20)
+    ax = plot_lr_find(found, new_axes(3.2, figures.NARROW))
+    ax.figure.draw_without_rendering()
+    text, legend = (part.get_window_extent() for part in (ax.texts[-1], ax.get_legend()))
+    points = ax.transData.transform(np.stack([found.lrs, losses], 1))
+    assert text.y0 > points[:, 1].max() and legend.y1 < ax.bbox.y0 and ax.bbox.x0 <= text.x0 and text.x1 <= ax.bbox.x1
+
+
+def test_lines_differ_in_more_than_their_color(browser, tmp_path):
+    lines = {f"{index}": [index, index + 1] for index in range(6)}
+    (tmp_path / "page.html").write_text(f"<style>{CHART_STYLE}</style>{Chart('', lines, [1, 2], '').svg}", encoding="utf-8")
+    open_page(browser, (tmp_path / "page.html").resolve().as_uri(), 390, "light")
+    for kind in ("polyline", ".sample"):
+        dashes = browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(line => "
+                                        "getComputedStyle(line).strokeDasharray)", kind)
+        assert len(set(dashes)) == 6
+
+
+@pytest.mark.parametrize("longest", ["a", "hourglass", "a name that is shortened"])
+def test_the_room_under_a_matrix_fits_its_names(longest):
+    below = [float(Matrix([name, "b"], [[1, 1], [1, 1]], "").svg.partition('viewBox="0 0 360 ')[2].partition('"')[0])
+             for name in ("b", longest)]
+    assert below[1] - below[0] == pytest.approx(0.75 * min(7 * (len(longest) - 1), 73), abs=8)
+
+
 @pytest.mark.parametrize(("classes", "count"), [(2, 10_000), (1000, 2000), pytest.param(100, 10_000, marks=pytest.mark.long)])
 def test_many_images_and_classes(browser, tmp_path, classes, count):
     labels = torch.arange(count) % classes
@@ -436,6 +549,9 @@ def test_many_images_and_classes(browser, tmp_path, classes, count):
     open_page(browser, path.resolve().as_uri(), 390, "light")
     assert browser.execute_script("return document.scrollingElement.scrollWidth") <= 390
     assert browser.execute_script("return [...document.images].every(image => image.naturalWidth)")
+    assert browser.execute_script("return document.scrollingElement.scrollHeight") <= 6 * 844
+    matrix = browser.find_elements("css selector", "#confusion .plot")
+    assert all(plot.get_property("scrollWidth") <= plot.get_property("clientWidth") for plot in matrix), "a part is out of sight"
 
 
 @pytest.mark.parametrize("name", ["figures", "tensorboard"])
@@ -478,6 +594,11 @@ def test_comparison(browser, tmp_path):
     assert f"for {differing:,} of 400 test images" in text
     difference, margin = paired_difference(second.evaluation, first.evaluation)
     assert f"{100 * difference:+.1f} ± {100 * margin:.1f}" in text
+    assert "without a clear difference" in text and ": right, " in text and "differ in one setting" in text
+    look = browser.execute_script("""return [document.querySelector('nav').offsetHeight,
+        [...document.querySelectorAll('.scroll')].map(box => box.scrollWidth - box.clientWidth)]""")
+    assert look[0] < 60, "the contents take one line"
+    assert max(look[1]) <= 0, "a column is out of sight"
     with pytest.raises(InputError, match="two to"):
         make_comparison([first], data)
     with pytest.raises(InputError, match="not the images of the run"):

@@ -32,8 +32,10 @@ CHART_STYLE = """
 .chart { display: block; width: 100%; max-width: 30rem; height: auto; margin: 0 auto .75rem; font: 12px system-ui, sans-serif; }
 .chart text { fill: var(--quiet); }
 .chart .grid { stroke: var(--line); }
-.chart polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.chart .line-0 { stroke-dasharray: 6 3; }
+.chart polyline, .chart .sample { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.chart .line-0 { stroke-dasharray: 6 3; } .chart .line-2 { stroke-dasharray: 2 2; }
+.chart .line-3 { stroke-dasharray: 9 3 2 3; } .chart .line-4 { stroke-dasharray: 1 4; }
+.chart .line-5 { stroke-dasharray: 6 2 1 2 1 2; }
 .chart .hit rect { fill: transparent; } .chart .hit .shown { visibility: hidden; }
 .chart .hit:hover .shown { visibility: visible; } .chart:hover .axis { visibility: hidden; }
 .chart .hit text, .chart .cell { fill: var(--text); }
@@ -59,6 +61,7 @@ class Chart:
     def svg(self) -> str:
         "The drawing as SVG; all text is escaped."
         values = [value for line in self.lines.values() for value in line if abs(value) < MAX_DRAWN] or [0.0]
+        values += [0.0] * (len(self.epochs) == 1)  # without a curve, only the distance from zero says something
         ticks = round_ticks(min(values), max(values))
         step = (_WIDTH - _LEFT - _RIGHT) / max(len(self.epochs), 1)
         x = [_LEFT + (index + 0.5) * step for index in range(len(self.epochs))]
@@ -113,9 +116,10 @@ def _draw_line(index: int, x: Sequence[float], line: Sequence[float], y: Callabl
 
 # %% ../../nbs/report/chart.ipynb #34b80ae9
 def _draw_name(name: str, index: int, count: int) -> str:
-    "Write the name of a line at the top right, in the line's color."
-    return (f'<text x="{_WIDTH - _RIGHT - (64 if count < 3 else 24) * (count - 1 - index)}" y="14" '
-            f'text-anchor="end" style="fill: var(--c{index})">{html.escape(name)}</text>')
+    "Write the name of a line at the top right, above a sample of the line."
+    x, length = _WIDTH - _RIGHT - (64 if count < 3 else 30) * (count - 1 - index), 24 if count < 3 else 18
+    return (f'<text x="{x}" y="12" text-anchor="end" style="fill: var(--c{index})">{html.escape(name)}</text>'
+            f'<line class="sample line-{index}" x1="{x - length}" x2="{x}" y1="18" y2="18"/>')
 
 # %% ../../nbs/report/chart.ipynb #60e7172c
 def _draw_strip(chart: Chart, index: int, x: float, step: float, y: Callable[[float], float]) -> str:
@@ -131,7 +135,7 @@ def _draw_strip(chart: Chart, index: int, x: float, step: float, y: Callable[[fl
 # %% ../../nbs/report/chart.ipynb #ae8503fb
 MAX_MATRIX = 20  # classes that a `Matrix` has room for
 _MAX_NUMBERS = 12  # classes up to which cells contain numbers
-_MARGIN, _LABEL = 86, 68  # units: left of the cells, and below them
+_MARGIN = 86  # units left of the cells
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ class Matrix:
         side = (_WIDTH - _MARGIN) / len(self.names)
         top = 18
         bottom = top + side * len(self.names)
-        parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {bottom + _LABEL:.0f}" role="img" '
+        below = 18 + 0.75 * max(_estimate_width(_shorten(name)) for name in self.names)  # names at 45 degrees
+        parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {bottom + below:.0f}" role="img" '
                  f'aria-label="{html.escape(self.alt)}">',
                  f'<text x="{_MARGIN}" y="11">% of each true class</text>']
         for row, (name, counts) in enumerate(zip(self.names, self.counts, strict=True)):
@@ -161,13 +166,17 @@ class Matrix:
         return "".join([*parts, frame, "</svg>"])
 
 # %% ../../nbs/report/chart.ipynb #1f5c366e
+def _estimate_width(name: str) -> int:
+    "Estimate the width of a name in units of the drawing."
+    return sum(12 if east_asian_width(letter) in "WF" else 9 if letter.isupper() else 7 for letter in name)
+
+
 def _shorten(name: str) -> str:
-    "Shorten a name to the room beside or below a matrix, by an estimate of its width."
+    "Shorten a name to the room beside or below a matrix."
     room = _MARGIN - 6
-    widths = [12 if east_asian_width(letter) in "WF" else 9 if letter.isupper() else 7 for letter in name]
-    if sum(widths) <= room:
+    if _estimate_width(name) <= room:
         return name
-    fits = sum(1 for end in range(1, len(name) + 1) if sum(widths[:end]) <= room - 12)
+    fits = sum(1 for end in range(1, len(name) + 1) if _estimate_width(name[:end]) <= room - 12)
     return f"{name[:fits]}…"
 
 

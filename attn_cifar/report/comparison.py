@@ -53,24 +53,38 @@ def _difference(run: Run, first: Run) -> str:
     verdict = "better" if difference > margin else "worse" if -difference > margin else "no clear difference"
     return f"{100 * difference:+.1f} ± {100 * margin:.1f}: {verdict}"
 
+# %% ../../nbs/report/comparison.ipynb #bc68b8d8
+def _best(runs: Sequence[Run]) -> str:
+    "Name the most accurate run, and tell whether it is clearly ahead of the next one."
+    sound = [(letter, evaluation) for letter, run in zip(_letters(runs), runs, strict=True)
+             if not undefined_outputs(evaluation := run.need_evaluation())]
+    if len(sound) < 2:
+        return ""
+    (best, first), (other, second) = sorted(sound, key=lambda pair: -pair[1].accuracy)[:2]
+    difference, margin = paired_difference(first, second)
+    return f"{best} is the most accurate run, clearly ahead of {other}. " if difference > margin else \
+        f"{best} and {other} are the most accurate runs, without a clear difference. "
+
 # %% ../../nbs/report/comparison.ipynb #feb48978
 def _result(runs: Sequence[Run]) -> Section:
     "List accuracy, difference from the first run, and costs of each run."
     rows: list[tuple] = []
+    costs: list[tuple] = []
     for letter, run in zip(_letters(runs), runs, strict=True):
         evaluation = run.need_evaluation()
         low, high = accuracy_interval(evaluation)
         broken = undefined_outputs(evaluation)
-        accuracy = "–" if broken else percent(evaluation.accuracy)
         interval = "NaN outputs" if broken else f"{percent(low)} to {percent(high)}"
         seconds = sum(row["seconds"] for row in run.history)
-        rows.append((letter, run.need_folder().name, run.config["model"], accuracy, interval, _difference(run, runs[0]),
-                     f"{run.config['parameters']:,}", f"{len(run.history)}", f"{seconds:.3g}"))
-    head = "Run", "Folder", "Model", "Accuracy", "95 % interval", "Points from A", "Parameters", "Epochs", "Seconds"
+        rows.append((letter, "–" if broken else evaluation.accuracy, interval, _difference(run, runs[0])))
+        costs.append((letter, run.config["model"], f"{run.config['parameters']:,}", f"{len(run.history)}",
+                      f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}"))
+    tables = [Table(("Run", "Accuracy", "95 % interval", "Points from A"), rows),
+              Table(("Run", "Model", "Parameters", "Epochs", "Seconds"), costs)]
     name, share = most_common(runs[0].need_evaluation())
-    text = (f"Always answering {name + ', ' if name else ''}the most common class gives {percent(share)}. Differences from A "
-            f"are measured image by image.")
-    return Section("result", "Result", text, wide=True, tables=[Table(head, rows)])
+    text = (f"{_best(runs)}Always answering {name + ', ' if name else ''}the most common class gives {percent(share)}. "
+            "Differences from A are measured image by image.")
+    return Section("result", "Result", text, wide=True, tables=tables)
 
 # %% ../../nbs/report/comparison.ipynb #cebb4b09
 def _curves(runs: Sequence[Run]) -> Section:
@@ -105,9 +119,10 @@ def _settings(runs: Sequence[Run]) -> Section:
     names = list(dict.fromkeys(name for each in settings for name in each))
     rows = [(name, *(each.get(name, "–") for each in settings)) for name in names
             if len({each.get(name) for each in settings}) > 1]
-    text = "" if rows else "The runs have the same settings."
+    text = "The runs have the same settings." if not rows else "The runs differ in one setting." if len(rows) == 1 else (
+        f"The runs differ in {len(rows)} settings. To learn which one matters, change one at a time.")
     tables = [Table(("Setting", *_letters(runs)), rows)] if rows else []
-    return Section("settings", "What was changed", text, tables=tables)
+    return Section("settings", "What was changed", text, "Settings", tables=tables)
 
 # %% ../../nbs/report/comparison.ipynb #bd291a1b
 DISAGREEMENTS = 12  # images shown
@@ -125,19 +140,18 @@ def _disagreements(runs: Sequence[Run], data: ImageData) -> Section:
     "Show images on which the runs disagree."
     evaluations, names = [run.need_evaluation() for run in runs], data.class_names
     if any(map(undefined_outputs, evaluations)):
-        return Section("disagreements", "Where they disagree", "Unknown: some outputs are NaN or infinite.")
+        return Section("disagreements", "Where they disagree", "Unknown: some outputs are NaN or infinite.", "Images")
     indices = _choose_disagreements(evaluations)
     gallery = []
     for index in indices[:DISAGREEMENTS]:
-        answers = [
-            f"{letter}: {names[int(one.predictions[index])]} "
-            f"{whole_percent(float(one.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
-                   for letter, one in zip(_letters(runs), evaluations, strict=True)]
         true = names[int(data.test_labels[index])]
+        answers = [f"{letter}: {'right' if (answer := names[int(one.predictions[index])]) == true else answer}, "
+                   f"{whole_percent(float(one.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
+                   for letter, one in zip(_letters(runs), evaluations, strict=True)]
         gallery.append(embed_image(np.array(data.test_images[index]), f"Test image {index}, {true}", (true, *answers)))
     text = f"The runs give different answers for {len(indices):,} of {len(data.test_labels):,} test images."
-    text += " Under each image: its true class, then the answer of each run." if gallery else ""
-    return Section("disagreements", "Where they disagree", text, gallery=gallery)
+    text += " Under each image: its true class, then the answer of each run and its probability." if gallery else ""
+    return Section("disagreements", "Where they disagree", text, "Images", gallery=gallery)
 
 # %% ../../nbs/report/comparison.ipynb #846c3dc3
 def make_comparison(

@@ -9,6 +9,7 @@ __all__ = ['SHOWN', 'JUDGED', 'PHOTOGRAPH_SIDE', 'NARROW', 'FIGURES', 'choose_ex
 # %% ../../nbs/report/figures.ipynb #4120eebf
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -57,10 +58,14 @@ def _vary(
     number: int,
     labels: torch.Tensor,  # int64 (N,)
 ) -> list[int]:
-    "Choose `number` of the indices: the first of each class, then the others."
-    first = {int(labels[index]): index for index in reversed(indices)}
-    ahead = sorted(first.values(), key=indices.index)
-    return [*ahead, *(index for index in indices if index not in ahead)][:number]
+    "Choose `number` of the indices: the first of each class, then the second of each, and so on."
+    seen: Counter[int] = Counter()
+    rounds: list[tuple[int, int]] = []  # how many of its class are preferred to an index, and the index
+    for index in indices:
+        label = int(labels[index])
+        rounds.append((seen[label], index))
+        seen[label] += 1
+    return [index for _, index in sorted(rounds, key=lambda pair: pair[0])][:number]
 
 # %% ../../nbs/report/figures.ipynb #015ba633
 SHOWN = 5  # images whose explanations are shown

@@ -10,11 +10,13 @@ import base64
 import hashlib
 import io
 import math
+import re
 from dataclasses import dataclass, field
 from importlib import resources
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from .chart import CHART_STYLE, Chart, Matrix
 
@@ -28,6 +30,7 @@ class Picture:
     height: int
     caption: tuple[str, ...] = ()  # lines under it
     small: bool = False  # narrower than its column
+    fine: bool = False  # with small print: wider than a phone, where it scrolls sideways
 
 # %% ../../nbs/report/page.ipynb #5f55c1f1
 def data_uri(
@@ -99,6 +102,7 @@ class Section:
     group: str = ""  # heading that it stands under; empty: its own title
     wide: bool = False  # takes a whole row of a wide screen, which otherwise has two cards per row
     score: Score | None = None
+    advice: tuple[str, str] | None = None  # what to do next, and why: below the score
     facts: list[tuple[str, str, str]] = field(default_factory=list)  # question, number and sentence
     tiles: list[tuple[str, str]] = field(default_factory=list)  # value and label
     charts: list[Chart | Matrix] = field(default_factory=list)
@@ -209,6 +213,11 @@ def _is_number(cell: object) -> bool:
     return isinstance(cell, str) and len(cell) < 16 and any(letter.isdigit() for letter in cell) and not any(
         letter.isalpha() for letter in cell)
 
+# %% ../../nbs/report/page.ipynb #5ecb8a1c
+def _breakable(text: object) -> Markup:
+    "Escape a name, and let a line end after its dots and underscores."
+    return Markup(re.sub(r"([._])(?=[^\W\d])", r"\1<wbr>", str(escape(text))))
+
 # %% ../../nbs/report/page.ipynb #878c1eeb
 def render_page(
     title: str,
@@ -218,7 +227,7 @@ def render_page(
 ) -> str:
     "Return the HTML of a page; all text is escaped."
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "is_number": _is_number}
+    environment.filters |= {"percent": percent, "is_number": _is_number, "breakable": _breakable}
     icon = np.where(np.eye(2, dtype=bool)[..., None], (0, 114, 178), (213, 94, 0)).astype(np.uint8)
     groups = _grouped(sections)
     digest = base64.b64encode(hashlib.sha256(TAB_SCRIPT.encode()).digest()).decode()

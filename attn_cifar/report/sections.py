@@ -78,18 +78,18 @@ def _overview(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
         score, facts = _score(results.predictions), facts[1:]
     except InputError:
         score = None
+    advice = facts[-1][1:] if score and facts[-1][0] == "Next" else None
     tiles = [(f"{config['parameters']:,}", "parameters")]
     if run.model is not None:
         tiles.append((_short_number(count_macs(run.model, config["data"]["image_size"])), "multiply-accumulates per image"))
-    return Section("overview", "Result", _describe_images(results), wide=True, score=score, facts=facts,
-                   tiles=[*tiles, *_effort(run)])
+    return Section("overview", "Result", _describe_images(results), wide=True, score=score, advice=advice,
+                   facts=facts[:-1] if advice else facts, tiles=[*tiles, *_effort(run)])
 
 # %% ../../nbs/report/sections.ipynb #eb881668
 def _describe_images(results: RunResults) -> str:
-    "Name the network, the images and the number of classes."
-    config, classes = results.run.config, len(results.data.class_names)
-    height, width = height_and_width(config["data"]["image_size"])
-    return f"{config['model']} on {results.data.name}: images of {height}×{width} pixels in {classes:,} classes."
+    "Describe the images and the number of classes."
+    height, width = height_and_width(results.run.config["data"]["image_size"])
+    return f"Images of {height}×{width} pixels in {len(results.data.class_names):,} classes."
 
 # %% ../../nbs/report/sections.ipynb #a5efbf88
 def _effort(run: Run) -> list[tuple[str, str]]:
@@ -113,7 +113,7 @@ def _curves(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
         alt = (f"{quantity.capitalize()} over {len(history)} epochs: training {changes[f'train_{quantity}']}, "
                f"test {changes[f'test_{quantity}']}.")
         charts.append(Chart(f"{quantity} [{unit}]", lines, range(1, len(history) + 1), alt, form))
-    return Section("curves", "Loss and accuracy", text, charts=charts, tables=[_epoch_table(history)])
+    return Section("curves", "Loss and accuracy", text, wide=True, charts=charts, tables=[_epoch_table(history)])
 
 # %% ../../nbs/report/sections.ipynb #263ddaba
 def _epoch_table(history: Sequence[Mapping[str, float]]) -> Table:
@@ -156,7 +156,7 @@ def _pooled(confusion: torch.Tensor) -> tuple[np.ndarray, int]:  # float (c, c) 
 # %% ../../nbs/report/sections.ipynb #bfcf4205
 def _cell_picture(shares: np.ndarray, alt: str) -> Picture:
     "Draw shares (c, c) as cells, white for 0, dark blue for 1; a small share is visible, too."
-    visible = np.where(shares > 0, 0.15 + 0.85 * shares, 0)[..., None]
+    visible = np.where(shares > 0, 0.35 + 0.65 * shares, 0)[..., None]
     cells = (1 - visible) * np.array([255, 255, 255]) + visible * np.array([8, 48, 107])
     scale = -(-400 // len(cells))
     return embed_image(np.kron(cells.round().astype(np.uint8), np.ones((scale, scale, 1), np.uint8)), alt, max_side=1000)
@@ -194,20 +194,23 @@ def _calibration(results: RunResults, pictures: Mapping[str, Picture]) -> Sectio
                    tables=[Table(("Probability", "Images", "Mean", "Right"), rows, "The ranges in numbers", folded=True)])
 
 # %% ../../nbs/report/sections.ipynb #5c0b2bd1
+_MOST_ROWS = 10  # classes whose training images are shown
+
+
 def _training_images(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Show five images of each class, augmented as in training."
     data, rng, strips = results.data, np.random.default_rng(0), []
     augmentation = Augmentation(**results.run.config["recipe"]["augmentation"])
     labels = np.asarray(data.train_labels)
-    for label, name in enumerate(data.class_names[:20]):
+    for label, name in enumerate(data.class_names[:_MOST_ROWS]):
         chosen = rng.permutation(np.flatnonzero(labels == label))[:5]
         batches = Batches(np.asarray(data.train_images[chosen]), labels[chosen], 5, mean=data.mean, std=data.std,
                           augmentation=augmentation, seed=label)
         for images, _ in batches:
             pixels = unnormalize(images, data.mean, data.std).permute(0, 2, 3, 1).numpy()
             strips.append((name, [embed_image(image, f"{name}, training image") for image in pixels]))
-    cut = "" if len(data.class_names) <= 20 else f" These are the first 20 of {len(data.class_names)} classes."
-    text = f"Five of each class as the network gets them, augmented anew in each epoch.{cut}"
+    cut = f" These are the first {_MOST_ROWS} of {len(data.class_names):,} classes." * (len(data.class_names) > _MOST_ROWS)
+    text = f"Up to five of each class as the network gets them, augmented anew in each epoch.{cut}"
     return Section("training-images", "Training images", text, strips=strips)
 
 # %% ../../nbs/report/sections.ipynb #bd8ad5da
@@ -241,7 +244,7 @@ def _network(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     parts = ", ".join(name for name, _ in results.run.need_model().named_children())
     alt = f"Diagram of the network from the image to the logits; its parts are {parts}."
     text = "Drawn from a forward pass: parts with their parameters, shapes along the arrows, residuals on the right."
-    return Section("network", "Network", text, plots=_show(pictures, "network", alt))
+    return Section("network", "Network", text, plots=[replace(pictures["network"], alt=alt, fine=True)])
 
 # %% ../../nbs/report/sections.ipynb #17994b63
 def _plain(value: object) -> str:
@@ -284,17 +287,21 @@ MISTAKES = 12  # images shown
 
 
 def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
-    "Show the most confident mistakes."
+    "Show the most confident mistakes; without mistakes, the least confident right answers."
     evaluation, names = results.predictions, results.data.class_names
-    chosen, wrong = evaluation.misclassified[:MISTAKES].tolist(), len(evaluation.misclassified)
+    wrong, confidence = len(evaluation.misclassified), evaluation.probabilities.amax(1)
+    chosen = (evaluation.misclassified if wrong else confidence.argsort(stable=True))[:MISTAKES].tolist()
     gallery = []
     for index in chosen:
         true, guess = (names[int(labels[index])] for labels in (evaluation.labels, evaluation.predictions))
         sure = f"{whole_percent(float(evaluation.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
-        gallery.append(embed_image(results.data.test_images[index], f"Test image {index}, {true}", (true, f"→ {guess}", sure)))
-    text = f"{wrong:,} of {len(evaluation.labels):,} test images are misclassified." + (
-        f" These are the {len(chosen)} most confident mistakes: true class → predicted class and its probability." if chosen
-        else "")
+        caption = (true, f"→ {guess}", sure) if wrong else (true, sure)
+        gallery.append(embed_image(results.data.test_images[index], f"Test image {index}, {true}", caption))
+    if not wrong:
+        text = "No test image is misclassified. These are the least confident answers, with their probabilities."
+        return Section("mistakes", "Least confident answers", text, gallery=gallery)
+    text = (f"{wrong:,} of {len(evaluation.labels):,} test images are misclassified. These are the {len(chosen)} most confident "
+            "mistakes: true class → predicted class and its probability.")
     return Section("mistakes", "Most confident mistakes", text, gallery=gallery)
 
 # %% ../../nbs/report/sections.ipynb #3361ce9c
@@ -374,7 +381,7 @@ _Maker = Callable[[RunResults, Mapping[str, Picture]], Section]
 
 
 def _confusions(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
-    "Make the card whose panels show confusion, classes and pairs."
+    "Make the card whose panels show confusion, classes, pairs and calibration."
     mistakes = len(results.predictions.misclassified)
     return Section("confusions", "What is mistaken for what" if mistakes else "No mistakes")
 
@@ -385,8 +392,8 @@ def _setup(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 
 # %% ../../nbs/report/sections.ipynb #afa38b79
 LAYOUT: tuple[tuple[str, _Maker, tuple[_Maker, ...]], ...] = (  # group, card, and its panels
-    ("Result", _overview, ()), ("Result", _curves, ()), ("Result", _calibration, ()),
-    ("Mistakes", _confusions, (_confusion, _classes, _pairs)), ("Mistakes", _mistakes, ()),
+    ("Result", _overview, ()), ("Result", _curves, ()),
+    ("Mistakes", _confusions, (_confusion, _classes, _pairs, _calibration)), ("Mistakes", _mistakes, ()),
     ("Why", _explained, tuple(partial(_explanations, method=method) for method in METHODS)),
     ("Setup", _setup, (_training_images, _environment, _schedule, _range_test, _network, _remake)))
 SECTIONS: tuple[_Maker, ...] = tuple(make for _, card, panels in LAYOUT for make in (card, *panels))

@@ -30,6 +30,11 @@ def accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
     low, high = wilson_interval(np.array(evaluation.accuracy), np.array(max(len(evaluation.labels), 1)))
     return float(low), float(high)
 
+# %% ../../nbs/report/verdicts.ipynb #a49e4df7
+def _learned(evaluation: Evaluation) -> bool:
+    "Return True if the accuracy is above that of always answering the most common class, and not by chance."
+    return accuracy_interval(evaluation)[0] > most_common(evaluation)[1]
+
 # %% ../../nbs/report/verdicts.ipynb #aa6a5d65
 def _judge_accuracy(evaluation: Evaluation) -> str:
     "Compare the accuracy with that of always answering the most common class."
@@ -40,13 +45,23 @@ def _judge_accuracy(evaluation: Evaluation) -> str:
     return f"{verdict} always answering {answer} ({percent(share)}); 95 % interval {percent(low)} to {percent(high)}."
 
 # %% ../../nbs/report/verdicts.ipynb #383a58dc
-def _judge_gap(gap: float) -> str:
-    "Judge the difference of training and test accuracy, -1..1."
+def _judge_gap(
+    gap: float,  # training accuracy - test accuracy, -1..1
+    learned: bool = True,  # the network is better than one fixed answer
+) -> str:
+    "Judge the difference of training and test accuracy."
     if not math.isfinite(gap):
         return "on the training images: not a number."
     where = f"{100 * abs(gap):.1f} points {'above' if gap > 0 else 'below'} the test accuracy"
-    verdict = "it knows its training images better than new ones" if gap > 0.05 else "no sign of overfitting"
+    verdict = ("it knows its training images better than new ones" if gap > 0.05
+               else "it has not learned its training images yet" if not learned
+               else "no sign of overfitting" if gap > -0.02 else "no sign of overfitting, as augmented images are harder")
     return f"on augmented training images, {where}: {verdict}."
+
+# %% ../../nbs/report/verdicts.ipynb #a3556861
+def _still_falls(losses: Sequence[float]) -> bool:
+    "Return True if the test loss fell in the last epoch by more than 1 % and 0.005 nats."
+    return len(losses) > 1 and losses[-1] < min(0.99 * losses[-2], losses[-2] - 0.005)
 
 # %% ../../nbs/report/verdicts.ipynb #ae4e6c80
 def _judge_progress(losses: Sequence[float]) -> str:
@@ -60,9 +75,8 @@ def _judge_progress(losses: Sequence[float]) -> str:
     if losses[best] < losses[-1]:
         higher = f"{percent(losses[-1] / losses[best] - 1)} higher" if losses[best] > 0 else "higher"
         return f"test loss, {higher} than at its lowest, in epoch {best + 1}."
-    fall = 1 - losses[-1] / losses[-2] if losses[-2] > 0 else 0.0
-    return (f"test loss, still falling by {percent(fall)} in the last epoch: more epochs should help." if fall > 0.01
-            else "test loss, which has settled.")
+    return (f"test loss, still falling by {percent(1 - losses[-1] / losses[-2])} in the last epoch: more epochs should help."
+            if _still_falls(losses) else "test loss, which has settled.")
 
 # %% ../../nbs/report/verdicts.ipynb #3d943a89
 def _judge_certainty(excess: float) -> str:
@@ -74,8 +88,9 @@ def _judge_certainty(excess: float) -> str:
 # %% ../../nbs/report/verdicts.ipynb #d2e1f944
 def _judge_weakest(evaluation: Evaluation) -> tuple[str, str]:
     "Return the accuracy of the class recognized least often, and a sentence that names it."
-    name, _, share, mistaken = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])
-    return percent(share), f"of {name}" + (f", most often mistaken for {mistaken}." if mistaken else ".")
+    name, count, share, mistaken = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])
+    images = f"{count:,} image{'s' if count > 1 else ''} of {name}"
+    return percent(share), f"of {images}" + (f", most often mistaken for {mistaken}." if mistaken else ".")
 
 # %% ../../nbs/report/verdicts.ipynb #19cada11
 def undefined_outputs(evaluation: Evaluation) -> int:
@@ -87,22 +102,23 @@ def _advise(
     evaluation: Evaluation,  # whose outputs are numbers
     gap: float,  # training accuracy - test accuracy
     losses: Sequence[float],  # test loss of each epoch
-    suggestion: float | None,  # of an LR range test
+    suggestion: float | None,  # of an LR range test that can be trusted
 ) -> tuple[str, str]:
     "Return what to try next, and why."
     rate = f"of about {suggestion:.3g}" if suggestion else "suggested by attn-cifar find-lr"
-    low, (_, share) = accuracy_interval(evaluation)[0], most_common(evaluation)
+    epochs, more = len(losses), len(losses) == 1 or _still_falls(losses)
     if not math.isfinite(losses[-1]):
         return "A smaller max_lr,", "because the training diverged."
-    if len(losses) == 1 or (losses[-2] > 0 and losses[-1] < 0.99 * losses[-2]):
-        return "More epochs,", "with --resume or from the start" + (
-            "." if low > share else f", and a max_lr {rate}: so far, the network is no better than one fixed answer.")
-    if low <= share:
-        return "Another max_lr,", f"{rate}: the network is no better than one fixed answer."
+    if not _learned(evaluation):
+        return "Another max_lr,", f"{rate}{', and more epochs' * more}: the network is no better than one fixed answer."
+    if evaluation.accuracy == 1:
+        return "Harder test images,", "or more of them: these are all classified correctly, and can show no further progress."
+    if more:
+        return "More epochs,", f"for example {2 * epochs} instead of {epochs}: resume this run, or start again."
     if gap > 0.05:
         return "More images,", "or a stronger augmentation: the network knows its training images better than new ones."
     weakest = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])[0]
-    return "A larger network,", f"or more images, above all of {weakest}."
+    return "A larger network,", f"one of those that attn-cifar models lists, or more images, above all of {weakest}."
 
 # %% ../../nbs/report/verdicts.ipynb #5662fe6e
 def verdicts(
@@ -120,12 +136,14 @@ def verdicts(
         confident = evaluation.probabilities.amax(1).double().mean().item()
         lines = [
             ("Accuracy", percent(right), _judge_accuracy(evaluation)),
-            ("Fit", percent(last["train_accuracy"]), _judge_gap(last["train_accuracy"] - right)), progress,
+            ("Fit", percent(last["train_accuracy"]), _judge_gap(last["train_accuracy"] - right, _learned(evaluation))), progress,
             ("Certainty", percent(confident), _judge_certainty(confident - right)),
             ("Weakest", *_judge_weakest(evaluation))]
     if found is not None:
         advice = f"the range test suggests {found.suggestion:.3g}" if found.suggestion else "the range test suggests none"
+        advice += ", but doubts it" if found.suggestion and found.doubt else ""
         lines.append(("Max LR", f"{run.config['recipe']['max_lr']:.3g}", f"at the peak of the schedule; {advice}."))
     if not undefined:
-        lines.append(("Next", *_advise(evaluation, last["train_accuracy"] - right, losses, found.suggestion if found else None)))
+        lines.append(("Next", *_advise(evaluation, last["train_accuracy"] - right, losses,
+                                      found.suggestion if found and found.trusted else None)))
     return lines

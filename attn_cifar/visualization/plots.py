@@ -128,7 +128,7 @@ def _limit_losses(
         start = np.median(finite[: max(1, len(finite) // 10)])
         low = min([finite.min(), *ends])
         room = max(start - low, 0.2 * abs(start), 1e-6)
-        ax.set_ylim(low - 0.6 * room, min(start + room, max(finite.max(), start) + 0.25 * room))
+        ax.set_ylim(low - 0.2 * room, min(start + room, max(finite.max(), start) + 0.25 * room))
 
 # %% ../../nbs/08_visualization.ipynb #07d1575d
 def _mark_suggestion(
@@ -146,7 +146,10 @@ def _mark_suggestion(
 def _write_reason(ax: "Axes", result: "LRRangeTest") -> None:
     "Write why there is no suggestion, or why not to trust it."
     declined = f"no suggestion: {result.reason or 'the loss did not fall'}"
-    reason = textwrap.fill(f"do not trust this: {result.doubt}" if result.doubt else declined, 58)
+    columns = round(9.5 * ax.figure.bbox.width / ax.figure.dpi)
+    reason = textwrap.fill(f"do not trust this: {result.doubt}" if result.doubt else declined, columns)
+    (low, high), lines = ax.get_ylim(), reason.count("\n") + 1
+    ax.set_ylim(low, high + 0.09 * lines * (high - low))  # room above the curve
     ax.text(0.5, 0.97, reason, transform=ax.transAxes, ha="center", va="top", color=COLORS["orange"], fontsize=10,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85})
 
@@ -176,7 +179,7 @@ def plot_lr_find(
     if not result.trusted:
         _write_reason(ax, result)
     ax.set(xlabel="learning rate", ylabel="loss [nats]", title="LR range test")
-    ax.legend(loc="lower left")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below the axes, where it hides no curve
     return ax
 
 # %% ../../nbs/08_visualization.ipynb #d185f361
@@ -212,7 +215,7 @@ def _draw_momentum(ax: "Axes", momentum: Sequence[float]) -> None:
     twin.set_ylabel("momentum (Adam: β₁)", color=COLORS["orange"])
     twin.spines["right"].set_visible(True)
     twin.grid(False)
-    ax.set_title("Schedule: learning rate and momentum")
+    ax.set_title("Learning rate and momentum")
 
 # %% ../../nbs/08_visualization.ipynb #298d5ce3
 SPLITS = {"train": ("training", COLORS["blue"], "o"), "test": ("test", COLORS["orange"], "s")}
