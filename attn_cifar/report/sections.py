@@ -60,7 +60,8 @@ def _score(evaluation: Evaluation) -> Score:
     "Return the accuracy with its interval, beside that of always answering the most common class."
     (name, baseline), (low, high), count = most_common(evaluation), accuracy_interval(evaluation), len(evaluation.labels)
     answer = f"{name}, the most common class" if name else "the most common class"
-    legend = (f"Line: 95\N{NO-BREAK SPACE}% interval, {percent(low)} to {percent(high)}. Mark: always answering {answer}, "
+    legend = (f"Line: 95\N{NO-BREAK SPACE}% interval, {percent(low)} to {percent(high)}. Mark: accuracy of "
+              f"always answering {answer}, "
               f"{percent(baseline)}.")
     return Score(percent(evaluation.accuracy), f"of {count:,} test images are classified correctly", legend, evaluation.accuracy,
                  low, high, baseline, poor=low <= baseline)
@@ -233,9 +234,9 @@ def _range_test(results: RunResults, pictures: Mapping[str, Picture]) -> Section
     if test.doubt:
         suggestion += f" Do not trust it: {test.doubt}."
     alt = f"Loss over learning rates from {test.lrs[0]:.3g} to {test.lrs[-1]:.3g}. {suggestion}"
-    text = "The loss of one step at each learning rate, before training"
-    text += f", and of short training runs at {len(test.trials)} of them" if test.trials else ""
-    text += f", and of longer ones near a divergence. {suggestion}" if test.longer else f". {suggestion}"
+    text = "Before training: the loss of one step at each learning rate"
+    text += f", the final losses of {len(test.trials)} short training runs" if test.trials else ""
+    text += f", and those of longer ones near a divergence. {suggestion}" if test.longer else f". {suggestion}"
     return Section("range-test", "LR range test", text, plots=_show(pictures, "lr_find", alt))
 
 # %% ../../nbs/report/sections.ipynb #2fac797c
@@ -276,7 +277,7 @@ def _remake(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Show the commands and the code that repeat the run."
     run, images = results.run, results.run.config["data"]
     text = (f"The data is {images['name']}: {images['train']:,} training and {images['test']:,} test images. If it is a "
-            "folder, give its path. The same seed gives the same weights on the same kind of machine.")
+            "folder, put its path after --data. The same seed gives the same weights on the same kind of machine.")
     given = run.config.get("notes", {}).get("command")
     code = [("The command as given", given), ("The full command", remake_command(run)),
             ("In Python", remake_python(run))]
@@ -307,15 +308,17 @@ def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 # %% ../../nbs/report/sections.ipynb #3361ce9c
 _METHOD_TEXTS = {
     "grad_cam": "Where a layer holds evidence for the predicted class.",
-    "attention_rollout": "How attention carries each position through all layers up to this one, whatever the class.",
-    "gradient_attention": "How attention carries each position through the layers, as far as it raises the logit of the "
+    "attention_rollout": "How much attention carries over from each position, through all layers up to this one, whatever the "
+                         "class.",
+    "gradient_attention": "How much attention carries over from each position, as far as it raises the logit of the "
                           "predicted class.",
-    "attention": "How much attention each position receives from all others, layer by layer.",
+    "attention": "How much attention each position receives from all others in this one layer.",
 }
 _VERDICT_TEXTS = {
     "believable": "masking the highlighted area hurts the prediction more than masking an equal area elsewhere",
     "misleading": "masking the highlighted area hurts the prediction less than masking an equal area elsewhere",
-    "unproven": "masking the highlighted area hurts no more than chance would explain", "empty": "the maps carry no information",
+    "unproven": "masking the highlighted area instead of an equal area elsewhere makes no difference beyond chance",
+    "empty": "the maps carry no information",
     "indifferent": "a network with shuffled weights gives the same maps"}
 
 # %% ../../nbs/report/sections.ipynb #0fe1aae9
@@ -351,7 +354,8 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
             true, *([f"→ {guess}"] if guess != true else []), sure), EXPLAINED_SIDE))
         seen = embed_image(np.array(data.test_images[index]), f"test image {index} as the network gets it")
         inputs.append(replace(seen, small=True))
-    text = ("Confident right answers and confident mistakes: true class → predicted class, which is explained. In the maps, "
+    text = ("Confident right answers and confident mistakes: true class → predicted class. The maps explain the "
+            "predicted class. In the maps, "
             "bright is the highest value and dark the lowest.")
     strips = [("", strip)]
     if any(photograph is not None for photograph in results.photographs):

@@ -18,7 +18,7 @@ from ..training.runs import Run
 
 # %% ../../nbs/report/verdicts.ipynb #0a6bc0fb
 def most_common(evaluation: Evaluation) -> tuple[str, float]:
-    "Return the most common true class and its share, 0..1: the accuracy of always answering it. Several: an empty name."
+    "Return the most common true class and its share, 0..1: the accuracy of always answering it; no name if several tie."
     counts = evaluation.confusion.sum(1)
     most, total = int(counts.max()), max(int(counts.sum()), 1)
     name = evaluation.class_names[int(counts.argmax())] if int((counts == most).sum()) == 1 else ""
@@ -74,7 +74,7 @@ def _judge_progress(losses: Sequence[float]) -> str:
     best = int(np.nanargmin(losses))
     if losses[best] < losses[-1]:
         higher = f"{percent(losses[-1] / losses[best] - 1)} higher" if losses[best] > 0 else "higher"
-        return f"test loss, {higher} than at its lowest, in epoch {best + 1}."
+        return f"test loss, {higher} than its lowest value (epoch {best + 1})."
     return (f"test loss, still falling by {percent(1 - losses[-1] / losses[-2])} in the last epoch: more epochs should help."
             if _still_falls(losses) else "test loss, which has settled.")
 
@@ -105,7 +105,7 @@ def _advise(
     suggestion: float | None,  # of an LR range test that can be trusted
 ) -> tuple[str, str]:
     "Return what to try next, and why."
-    rate = f"of about {suggestion:.3g}" if suggestion else "suggested by attn-cifar find-lr"
+    rate = f"of about {suggestion:.3g}" if suggestion else "from attn-cifar find-lr"
     epochs, more = len(losses), len(losses) == 1 or _still_falls(losses)
     if not math.isfinite(losses[-1]):
         return "A smaller max_lr,", "because the training diverged."
@@ -118,7 +118,7 @@ def _advise(
     if gap > 0.05:
         return "More images,", "or a stronger augmentation: the network knows its training images better than new ones."
     weakest = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])[0]
-    return "A larger network,", f"one of those that attn-cifar models lists, or more images, above all of {weakest}."
+    return "A larger network,", f"one of those that attn-cifar models lists, or more images, especially of {weakest}."
 
 # %% ../../nbs/report/verdicts.ipynb #5662fe6e
 def verdicts(
