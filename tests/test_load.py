@@ -21,7 +21,7 @@ from attn_cifar.training import loop
 
 epochs, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-data = load_data("shapes").subset(800, 128)
+data = load_data("shapes").subset(480, 96)
 memory = []
 trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)
 
