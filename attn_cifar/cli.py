@@ -608,7 +608,7 @@ _COLUMNS = 5  # images side by side in one picture
 
 
 def _explain(arguments: argparse.Namespace) -> _Result:
-    "Draw maps of which parts of image files a model's predictions depend on, and print whether to trust them."
+    "Draw maps of the image areas that a model's predictions depend on, and print whether to trust them."
     from dataclasses import asdict
 
     from attn_cifar.predict import explain_images, load_classifier

@@ -244,7 +244,7 @@ def test_a_diffuse_layer_is_refused(size):
 def test_tokens_in_another_order_are_refused(order, seed):
     side, form = ORDERS[order]
     model, images = Stages(24, form, 1), torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
-    with pytest.raises(InputError, match="in which patches of the image have their places"):
+    with pytest.raises(InputError, match="whose positions follow those of the image"):
         explain(model, images, methods="grad_cam", layers=["form"])
 
 
@@ -401,7 +401,7 @@ def test_attention_over_tokens_in_another_order_gives_no_map(form):
 
 def test_a_layer_without_the_image_is_refused():
     model = OfTokens(nn.Identity)
-    with pytest.raises(InputError, match="in which patches of the image have their places"):
+    with pytest.raises(InputError, match="whose positions follow those of the image"):
         explain(model, IMAGES, layers=[model.positions])
     assert "positions" not in [one.layer for one in explain(OfTokens(Attention), IMAGES)]
 

@@ -77,7 +77,7 @@ def convolution_layers(
 
 # %% ../../nbs/07_explain.ipynb #8fca7d2d
 def _blocks(model: nn.Module) -> list[str]:
-    "Name the parts of `model` at the highest level with several parts, and the parts of containers one by one."
+    "Name the parts of `model` that have parameters; a single part and a container are replaced by their own parts."
     children = {name: part for name, part in model.named_children() if any(True for _ in part.parameters())}
     names = []
     for name, part in children.items():
@@ -110,7 +110,7 @@ def _heads(weights: Tensor) -> Tensor:
 
 # %% ../../nbs/07_explain.ipynb #0d115bf6
 def _read_rows(attention: Sequence[Attention], gradients: Sequence[Tensor | None]) -> list[Tensor]:
-    "Return the rows that the classifier reads, bool (T,) per layer: those with a gradient in the last layer of T tokens."
+    "Return the rows that the classifier reads, bool (T,) per layer: those with a gradient in the last layer that has T tokens."
     last: dict[int, Tensor] = {}
     for layer, gradient in zip(attention, gradients, strict=True):
         tokens = layer.weights.shape[-1]
@@ -179,7 +179,7 @@ def class_scores(
     output: object,  # of a network: logits (B, C), (B, 1) or (B,), or an output that contains them
     multi_label: bool = False,  # True: each class has a probability of its own, by a sigmoid
 ) -> tuple[Tensor, Tensor]:  # score and probability of each class, float32 (B, classes)
-    "Return what explains each class, and its probability. A single logit separates two classes. Raises `InputError`."
+    "Return each class's score (to differentiate) and its probability. A single logit separates two classes. Raises `InputError`."
     logits = _find_logits(output)
     if not isinstance(logits, Tensor) or logits.dim() not in (1, 2):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -322,8 +322,8 @@ def _check_output(name: str, found: Probe) -> None:
         raise InputError(f"layer {name!r} did not run in a forward pass, or gives no tensor: name another one")
     if name not in found.layouts:
         shape = ("B", *found.shapes[name][1:])
-        raise InputError(f"layer {name!r} gives no map (B, C, h, w) or (B, tokens, C) in which patches of the image have their "
-                         f"places, but ({', '.join(map(str, shape))}): name another one")
+        raise InputError(f"layer {name!r} gives ({', '.join(map(str, shape))}), not a map (B, C, h, w) or (B, tokens, C) whose "
+                         "positions follow those of the image: name another one")
 
 # %% ../../nbs/07_explain.ipynb #49385a94
 def _available_layers(method: str, names: Sequence[str], model: nn.Module, found: Probe) -> list[str]:
@@ -338,7 +338,7 @@ def _available_layers(method: str, names: Sequence[str], model: nn.Module, found
     return list(found.attention)
 
 # %% ../../nbs/07_explain.ipynb #63ee7f28
-_NEEDS = {"grad_cam": "no layer near the classifier shows where the image is; pass layers=, names in model.named_modules()",
+_NEEDS = {"grad_cam": "no layer near the classifier keeps the image's positions; pass layers=, names in model.named_modules()",
           "attention": "it needs attention over the positions of the image, in raster order; grad_cam may do"}
 
 

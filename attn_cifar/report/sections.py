@@ -236,7 +236,8 @@ def _range_test(results: RunResults, pictures: Mapping[str, Picture]) -> Section
     alt = f"Loss over learning rates from {test.lrs[0]:.3g} to {test.lrs[-1]:.3g}. {suggestion}"
     text = "Before training: the loss of one step at each learning rate"
     text += f", the final losses of {len(test.trials)} short training runs" if test.trials else ""
-    text += f", and those of longer ones near a divergence. {suggestion}" if test.longer else f". {suggestion}"
+    text += (f", and those of longer ones just below a rate at which the loss jumps. {suggestion}" if test.longer
+             else f". {suggestion}")
     return Section("range-test", "LR range test", text, plots=_show(pictures, "lr_find", alt))
 
 # %% ../../nbs/report/sections.ipynb #2fac797c
@@ -308,9 +309,9 @@ def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 # %% ../../nbs/report/sections.ipynb #3361ce9c
 _METHOD_TEXTS = {
     "grad_cam": "Where a layer holds evidence for the predicted class.",
-    "attention_rollout": "How much attention carries over from each position, through all layers up to this one, whatever the "
+    "attention_rollout": "How much each position contributes through attention in all layers up to this one, whatever the "
                          "class.",
-    "gradient_attention": "How much attention carries over from each position, as far as it raises the logit of the "
+    "gradient_attention": "How much each position contributes through attention, counting only what raises the logit of the "
                           "predicted class.",
     "attention": "How much attention each position receives from all others in this one layer.",
 }

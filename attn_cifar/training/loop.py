@@ -76,7 +76,10 @@ def leaves_out_last_batch(
     batch_size: int,
     processes: int = 1,  # that share each batch
 ) -> bool:
-    "Report whether the last batch gives a process one image and the network cannot train on it. Raises `InputError` if all do."
+    """Report whether the last batch gives a process one image and the network cannot train on it.
+
+    Raises `InputError` if every batch does.
+    """
     images = len(data.train_labels)
     rest = images % batch_size
     always, last = min(batch_size, images) < 2 * processes, 0 < rest < 2 * processes
@@ -303,7 +306,7 @@ class TrainingRun:
             warn_standstill(self.run.steps["loss"], self.run.history[-1]["train_loss"])
 
     def _past_peak(self) -> int:
-        "Return the first epoch, of at least two, that begins after the learning rate's peak; before it, a loss may stand still."
+        "Return the first epoch after the learning rate's peak (at least 2, at most the last); before it, a loss may stand still."
         return min(self.epochs, max(2, math.ceil(self.trainer.recipe.pct_start * self.epochs) + 1))
 
     def evaluate(self) -> None:
