@@ -87,6 +87,17 @@ def test_stored_outputs(notebook):
         assert not found, f"a path of one machine is written {where}"
 
 
+@each_notebook
+def test_stored_outputs_come_from_the_images_that_are_named(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    words = "\n".join("".join(cell["source"]) for cell in cells)
+    named = re.search("stored outputs come from (CIFAR-10|the built-in `shapes`|`shapes`)", words)
+    printed = "\n".join(stored_text(output) for cell in cells for output in cell.get("outputs", []))
+    if named:
+        other = "crescent|hourglass" if named.group(1) == "CIFAR-10" else "airplane|automobile"
+        assert not re.search(other, printed), f"outputs are said to come from {named.group(1)}"
+
+
 def test_home_path_knows_a_path_from_a_url():
     assert HOME_PATH.search("saved to /home/ann/runs") and HOME_PATH.search("'/tmp/tmpab12/x.png'")
     assert not HOME_PATH.search("https://example.org/home/ann") and not HOME_PATH.search("iVBORw0KGgo/tmp/AAA")
