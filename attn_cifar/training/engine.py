@@ -10,9 +10,10 @@ __all__ = ['autocast', 'Engine', 'weights_dtype', 'default_device', 'choose_engi
 import ctypes
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from ..core import InputError
 from ..models.inspection import count_macs, l1_term
+from .fused import fused, gains_from_kernels
+from .kernels import kernels_available
 from .recipes import Recipe
 
 _log = logging.getLogger("attn_cifar")
@@ -46,10 +49,11 @@ def _check_precision(precision: str) -> None:
 # %% ../../nbs/training/engine.ipynb #2a54a87e
 @dataclass(frozen=True)
 class Engine:
-    "Device, precision and compilation settings of a run. Raises `InputError` for unknown ones."
+    "Device, precision, compilation and kernels of a run. Raises `InputError` for unknown ones."
     device: str  # "cpu", "cuda"
     precision: str  # "float32", "bfloat16", or "float16" with a gradient scaler
     compile: bool  # torch.compile
+    fused: bool = False  # the kernels for the CPU
 
     def __post_init__(self) -> None:
         _check_precision(self.precision)
@@ -83,6 +87,12 @@ def _compile_pays(device: str, macs: int, images: int) -> bool:
     per_image, in_all = {"cpu": (1e7, 1e12), "cuda": (0.0, 2.5e13)}.get(device, (math.inf, math.inf))
     return sys.platform != "win32" and macs > per_image and images * macs > in_all
 
+
+def _use_kernels(model: nn.Module, device: str, precision: str) -> bool:
+    "Decide whether to train with the kernels; the environment variable `ATTN_CIFAR_KERNELS=0` turns them off."
+    wanted = device == "cpu" and precision == "bfloat16" and os.environ.get("ATTN_CIFAR_KERNELS") != "0"
+    return wanted and gains_from_kernels(model) and kernels_available()
+
 # %% ../../nbs/training/engine.ipynb #21af470e
 def choose_engine(
     model: nn.Module,
@@ -92,7 +102,7 @@ def choose_engine(
     precision: str | None = None,  # None: the fastest on the device
     compile: bool | None = None,  # None: if the work ahead repays it
 ) -> Engine:
-    "Choose device, precision and compilation for an amount of work. Raises `InputError`."
+    "Choose device, precision, compilation and kernels for an amount of work. Raises `InputError`."
     device = device or default_device()
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but PyTorch sees no GPU here")
@@ -102,10 +112,11 @@ def choose_engine(
                          "leave precision out, or convert the model with .float()")
     if precision is None:
         precision = _fastest_precision(device) if dtype == torch.float32 else "float32"
-    if compile is None:
+    fused = not compile and _use_kernels(model, device, precision)
+    if compile is None and not fused:
         macs = count_macs(model, image_size) if any(True for _ in model.parameters()) else 0
         compile = _compile_pays(device, macs, images)
-    return Engine(device, precision, bool(compile))
+    return Engine(device, precision, bool(compile), fused)
 
 # %% ../../nbs/training/engine.ipynb #e2f78400
 def logits_of(
@@ -167,7 +178,7 @@ def training_loss(
 
 # %% ../../nbs/training/engine.ipynb #236db183
 class BatchLoss:
-    "Loss and number of correct answers of a batch, compiled if the engine requires it."
+    "Loss and number of correct answers of a batch, compiled or with kernels if the engine says so."
 
     def __init__(
         self,
@@ -185,7 +196,8 @@ class BatchLoss:
 
     def eager(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         "Compute without compilation: float (B, 3, H, W) and int64 (B,) to two scalars."
-        with autocast(self.engine.device, self.engine.precision, self.dtype):
+        faster = fused(self.model) if self.engine.fused else nullcontext()
+        with autocast(self.engine.device, self.engine.precision, self.dtype), faster:
             logits = logits_of(self.model(images.to(self.dtype)))
         return training_loss(self.model, self.recipe, logits, labels), (logits.argmax(1) == labels).sum()
 

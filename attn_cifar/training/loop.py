@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..models.inspection import evaluation_mode, unwrap
 from .engine import (
     BatchLoss, Engine, choose_engine, enter_training_mode, keep_memory, logits_of, to_channels_last, weights_dtype)
 from .evaluation import evaluate
+from .kernels import kernels_available
 from .log import EpochTotals, RunLogger
 from .processes import ALONE, Processes, all_gradients, average_buffers, join_processes
 from .recipes import Recipe, choose_recipe, make_optimizer, make_scheduler
@@ -370,6 +372,10 @@ def _engine_here(
     "Return the engine of a run that continues: the stored one if this machine has it and the caller named no other."
     missing = stored.device.startswith("cuda") and not torch.cuda.is_available()
     if not missing and device in (None, stored.device):
+        if stored.fused and not kernels_available():
+            if first:
+                _log.warning("the run began with compiled kernels and continues without, more slowly: sums can round differently")
+            return replace(stored, fused=False)
         return stored
     if first:
         _log.warning("the run began on %s and continues on %s with %s", stored.device, chosen.device, chosen.precision)

@@ -137,7 +137,7 @@ def describe_run(
 _TEXT_OR_NONE = (str, type(None))
 _CONFIG = {  # the entries of a configuration; a list gives the type of all its items, a tuple alternatives
     "model": str, "parameters": int, "seed": int, "deterministic": bool, "processes": int, "notes": dict,
-    "recipe": {"augmentation": dict}, "engine": {"device": str, "precision": str, "compile": bool},
+    "recipe": {"augmentation": dict}, "engine": {"device": str, "precision": str, "compile": bool, "fused": bool},
     "machine": {"attn_cifar": str, "python": str, "torch": str, "gpu": _TEXT_OR_NONE, "processor": str, "threads": int,
                 "platform": str},
     "data": {"name": str, "train": int, "test": int, "class_names": [str], "image_size": (int, list), "mean": [float],
@@ -222,8 +222,10 @@ def read_config(
         config = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(config, dict):
             config.setdefault("processes", 1)  # runs of older versions
+            if isinstance(config.get("engine"), dict):
+                config["engine"].setdefault("fused", False)
         _check_kinds(config, _CONFIG, "it")
-        Engine(**{name: config["engine"][name] for name in ("device", "precision", "compile")})
+        Engine(**{name: config["engine"][name] for name in _CONFIG["engine"]})
         config["recipe"] = asdict(_check_recipe(config["recipe"]))  # fields that an older version lacked get their defaults
         _check_values(config)
     except (OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
