@@ -21,11 +21,11 @@ def orthogonalize(
 ) -> Tensor:
     "Approximately orthogonalize each matrix with five Newton–Schulz steps (coefficients of Jordan et al. 2024)."
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x.float() / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    x = (matrices.mT if tall else matrices).float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     for _ in range(5):
         gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return (x.mT if tall else x).to(matrices.dtype)
 
 # %% ../../nbs/training/muon.ipynb #d88659bd
@@ -45,6 +45,31 @@ def _unscaled(
     if found_inf is None:
         return gradients, 1.0
     return [gradient.where(found_inf == 0, 0) for gradient in gradients], 1 - found_inf
+
+# %% ../../nbs/training/muon.ipynb #e683c8a2
+_SMALL = 1024  # numbers in a matrix
+
+
+def _batches(matrices: list[Tensor]) -> list[list[int]]:
+    "Group matrices (rows, columns) for `_orthogonalized`: by shape, and all small ones of a dtype together. Returns their places."
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for place, matrix in enumerate(matrices):
+        groups[matrix.dtype, matrix.device, None if matrix.numel() <= _SMALL else matrix.shape].append(place)
+    return list(groups.values())
+
+
+def _orthogonalized(
+    matrices: list[Tensor],  # each (rows, columns), of one dtype
+) -> list[Tensor]:  # of the same shapes
+    "Orthogonalize matrices in one batch, with the root mean square of AdamW's steps; different shapes are padded with zeros."
+    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    rows, columns = (max(matrix.shape[side] for matrix in wide) for side in (0, 1))
+    batch = wide[0].new_zeros(len(wide), rows, columns)
+    torch._foreach_copy_([part[:matrix.shape[0], :matrix.shape[1]] for part, matrix in zip(batch, wide, strict=True)], wide)
+    lengths = [0.2 * math.sqrt(max(matrix.shape)) for matrix in matrices]
+    batch = orthogonalize(batch) * torch.tensor(lengths, dtype=batch.dtype).to(batch.device, non_blocking=True)[:, None, None]
+    parts = [part[:matrix.shape[0], :matrix.shape[1]] for part, matrix in zip(batch, wide, strict=True)]
+    return [part.mT if matrix.shape[0] > matrix.shape[1] else part for part, matrix in zip(parts, matrices, strict=True)]
 
 # %% ../../nbs/training/muon.ipynb #c2a28096
 class Muon(torch.optim.Optimizer):
@@ -95,20 +120,18 @@ class Muon(torch.optim.Optimizer):
                     self.state[weight]["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
 
     def _orthogonal(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-        for weight in weights:
-            by_shape[tuple(weight.flatten(1).shape)].append(weight)
-        for shape, same in by_shape.items():
-            momenta, beta = [self.state[weight]["exp_avg"] for weight in same], group["betas"][0]
-            gradients, keep = _unscaled(_gradients(same), getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-            pairs = list(zip(gradients, momenta, strict=True))
-            for gradient, momentum in pairs:
-                momentum.lerp_(gradient, (1 - beta) * keep)
-            ahead = [gradient.lerp(momentum, beta).flatten(1) for gradient, momentum in pairs]  # Nesterov
-            length = 0.2 * math.sqrt(max(shape))  # entries then have the root mean square of AdamW's steps
-            for weight, update in zip(same, keep * orthogonalize(torch.stack(ahead)), strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"] * keep)
-                weight.add_(update.unflatten(1, weight.shape[1:]), alpha=-group["lr"] * length)
+        momenta, beta, rate = [self.state[weight]["exp_avg"] for weight in weights], group["betas"][0], group["lr"]
+        gradients, keep = _unscaled(_gradients(weights), getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        torch._foreach_lerp_(momenta, gradients, (1 - beta) * keep)
+        ahead = [matrix.flatten(1) for matrix in torch._foreach_lerp(gradients, momenta, beta)]  # Nesterov
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"] * keep)
+        for places in _batches(ahead):
+            updates, targets = _orthogonalized([ahead[place] for place in places]), [weights[place] for place in places]
+            steps = [update.unflatten(1, weight.shape[1:]) for update, weight in zip(updates, targets, strict=True)]
+            if isinstance(keep, Tensor):
+                torch._foreach_mul_(steps, keep)
+            torch._foreach_add_(targets, steps, alpha=-rate)
 
     def _adamw(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[weight] for weight in weights]
