@@ -106,14 +106,15 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--top": {"metavar": "N", "type": _whole(1, 10**9), "default": 3, "help": "classes to show (default: 3)"},
     "--layers": {"choices": ("last", "all"), "default": "last",
                  "help": "layers to draw for each explanation method (default: last)"},
-    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "file for the page that compares runs (default: "
-                                                                       "comparison.html beside the first run)"},
-    "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help": "only for the study gpu: minutes to use; the same "
-                                                                           "command continues with the parts that are left (default: 6)"},
+    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help":
+               "file for the page that compares runs (default: comparison.html beside the first run)"},
+    "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help":
+                  "only for the study gpu: minutes to use; the same command continues with the parts that are left (default: 6)"},
     "--rehearse": {"action": "store_true", "help": "only for the study gpu: run at reduced size, even without a GPU"},
-    "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "port of the page, which only this machine can open (default: 7860)"},
-    "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "file for the picture of the first five images "
-                                                                      "(default: explanation.png); more go to explanation-2.png, …"},
+    "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help":
+               "port of the page, which only this machine can open (default: 7860)"},
+    "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help":
+                  "file for the picture of the first five images (default: explanation.png); more go to explanation-2.png, …"},
 }
 
 # %% ../nbs/cli/cli.ipynb #4c763799

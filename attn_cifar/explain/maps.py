@@ -338,7 +338,7 @@ def _available_layers(method: str, names: Sequence[str], model: nn.Module, found
     return list(found.attention)
 
 # %% ../../nbs/07_explain.ipynb #63ee7f28
-_NEEDS = {"grad_cam": "no layer near the classifier keeps the image's positions; name one with layers= (see model.named_modules())",
+_NEEDS = {"grad_cam": "no layer near the classifier keeps the image's positions; name one of model.named_modules() in layers=",
           "attention": "it needs attention over the positions of the image, in raster order; grad_cam may work"}
 
 
