@@ -76,13 +76,14 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 
 # %% ../nbs/cli/cli.ipynb #b82b9957
 _MODEL = "attn_tiny"  # unless --model names another one
+_SOURCES = "cifar10, shapes (built in, no download), or a folder of images: train/<class>/* and test/<class>/*, or <class>/*"
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "--data": {"metavar": "SOURCE", "help": "cifar10, shapes (built in, no download), or a folder of images: "
-                                            "train/<class>/* and test/<class>/*, or <class>/* (default: cifar10, or the "
-                                            "source that the run recorded)"},
-    "--model": {"metavar": "NAME", "help": f"see attn-cifar models (default: {_MODEL})"},
-    "--from": {"dest": "start", "metavar": "RUN|MODEL", "help": "start from the weights of a run or a shipped model, with a new "
-                                                               "last layer (fine-tuning)"},
+    "--data": {"metavar": "SOURCE", "help": f"{_SOURCES} (default: cifar10)"},
+    "--run-data": {"flags": ("--data",), "metavar": "SOURCE", "help": f"{_SOURCES} (default: the source that the run recorded)"},
+    "--study-data": {"flags": ("--data",), "metavar": "SOURCE", "help": f"{_SOURCES} (default: the study's own)"},
+    "--model": {"metavar": "NAME", "help": f"network to train; attn-cifar models lists them (default: {_MODEL})"},
+    "--from": {"dest": "start", "metavar": "RUN|MODEL", "help": "fine-tune: start from the weights of a run or of a model that "
+                                                               "comes with the package, with a new last layer"},
     "--recipe": {"metavar": "NAME", "help": "hyperparameters by name: plain, upstream, tiny, small, base or speed "
                                             "(default: the model's own)"},
     "--epochs": {"metavar": "N", "type": int, "help": "passes over the training images (default: the recipe's)"},
@@ -91,34 +92,36 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "default": ..., "help":
                  "peak learning rate; auto: from an LR range test (default: the recipe's, or auto for plain and upstream)"},
     "--seed": {"metavar": "N", "type": _seed, "help": "seed of initial weights, image order and augmentation (default: 0)"},
-    "--out": {"metavar": "FOLDER", "help": "where results go (train: the run folder, default: runs/MODEL-DATA-seedN)"},
+    "--out": {"metavar": "FOLDER", "help": "run folder to write (default: runs/MODEL-DATA-seedN)"},
+    "--study-out": {"flags": ("--out",), "metavar": "FOLDER", "help": "where results go (default: the study's own)"},
     "--plot": {"flags": ("--out",), "metavar": "FILE", "help": "file for the plot: .png, .svg, .pdf or .jpg"},
-    "--resume": {"action": "store_true", "help": "continue the run in --out from its last checkpoint; the run "
-                                                "keeps its options; a larger --epochs (the new total) trains it further"},
+    "--resume": {"action": "store_true", "help": "continue the run in --out from its last checkpoint, with its "
+                                                "stored options; --epochs sets a new total"},
     "--deterministic": {"action": "store_true", "help": "use only algorithms that give the same bits each time"},
-    "--device": {"choices": ("cpu", "cuda"), "help": "default: a GPU if there is one"},
-    "--image-size": {"metavar": "N", "type": int, "help": "height and width in pixels to which a folder's images are resized "
-                                                          "(default: the model's, 32)"},
-    "--skip-bad": {"action": "store_true", "help": "leave out images that cannot be read, instead of stopping"},
+    "--device": {"choices": ("cpu", "cuda"), "help": "where to compute (default: on a GPU if there is one)"},
+    "--image-size": {"metavar": "N", "type": int, "help": "height and width of the network's input in pixels; the images of a "
+                                                          "folder are resized to it (default: the model's, 32)"},
+    "--skip-bad": {"action": "store_true", "help": "skip images that cannot be read, instead of stopping"},
     "--json": {"action": "store_true", "help": "print one JSON value and nothing else"},
     "--top": {"metavar": "N", "type": _whole(1, 10**9), "default": 3, "help": "classes to show (default: 3)"},
     "--layers": {"choices": ("last", "all"), "default": "last",
                  "help": "layers to draw for each explanation method (default: last)"},
-    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "page that compares runs (default: comparison.html beside "
-                                                                       "the first run)"},
-    "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help": "gpu: leave out parts that do not fit into this time; "
-                                                                           "the same command continues later (default: 6)"},
-    "--rehearse": {"action": "store_true", "help": "gpu: run at reduced size, with or without a GPU"},
-    "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help": "open to this machine only (default: 7860)"},
-    "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help": "file for the picture (default: explanation.png); "
-                                                                      "more than five images continue in explanation-2.png, …"},
+    "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help":
+               "file for the page that compares runs (default: comparison.html beside the first run)"},
+    "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help":
+                  "only for the study gpu: minutes to use; the same command continues with the parts that are left (default: 6)"},
+    "--rehearse": {"action": "store_true", "help": "only for the study gpu: run at reduced size, even without a GPU"},
+    "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help":
+               "port of the page, which only this machine can open (default: 7860)"},
+    "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help":
+                  "file for the picture of the first five images (default: explanation.png); more go to explanation-2.png, …"},
 }
 
 # %% ../nbs/cli/cli.ipynb #4c763799
 _POSITIONALS: dict[str, dict[str, Any]] = {
     "run": {"metavar": "RUN", "help": "a run folder, as written by train"},
-    "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; with several, a page that compares them"},
-    "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a shipped model: attn_tiny"},
+    "runs": {"metavar": "RUN", "nargs": "+", "help": "a run folder; several are compared on one page"},
+    "model": {"metavar": "RUN|MODEL", "help": "a run folder, or the name of a model that comes with the package: attn_tiny"},
     "images": {"metavar": "IMAGE", "nargs": "+", "help": "image files of any size"},
     "name": {"metavar": "NAME",
              "help": "demo, reproduction, ladder, speed, lr_finders, explanations, beyond, photographs or gpu"}}
@@ -584,7 +587,7 @@ def _evaluation_lines(value: dict[str, Any]) -> Iterator[str]:
 
 # %% ../nbs/cli/cli.ipynb #cb3303fe
 def _predict(arguments: argparse.Namespace) -> _Result:
-    "Classify image files with a run's model, or with one that comes with the package."
+    "Classify image files with the model of a run, or with one that comes with the package."
     from attn_cifar.predict import load_classifier
 
     classifier = load_classifier(arguments.model)
@@ -763,13 +766,13 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], _Result | None], tuple
     "train": (_train, ("--model", "--from", "--recipe", "--epochs", "--batch-size", "--max-lr", "--seed", "--out", "--resume",
                        "--deterministic", "--device", *_SOURCE, "--json")),
     "find-lr": (_find_lr, ("--model", "--recipe", "--batch-size", "--seed", "--plot", "--device", *_SOURCE, "--json")),
-    "evaluate": (_evaluate, ("--data", "--skip-bad", "--json", "run")),
+    "evaluate": (_evaluate, ("--run-data", "--skip-bad", "--json", "run")),
     "predict": (_predict, ("--json", "model", "images", "--top")),
     "explain": (_explain, ("--json", "model", "images", "--picture", "--layers")),
     "app": (_app, ("model", "--port")),
-    "report": (_report, ("--data", "--skip-bad", "--page", "--json", "runs")),
+    "report": (_report, ("--run-data", "--skip-bad", "--page", "--json", "runs")),
     "models": (_models, ("--json",)),
-    "study": (_study, ("--data", "--out", "--minutes", "--rehearse", "name")),
+    "study": (_study, ("--study-data", "--study-out", "--minutes", "--rehearse", "name")),
 }
 
 # %% ../nbs/cli/cli.ipynb #1cbbfbc5

@@ -393,7 +393,7 @@ def test_attention_that_returns_its_weights_too():
 @pytest.mark.parametrize("form", [windows(2), windows(4), lambda x: x.transpose(1, 2)])
 def test_attention_over_tokens_in_another_order_gives_no_map(form):
     model = OfTokens(Attention, form, patch=4)
-    with pytest.raises(InputError, match="nothing for attention_rollout was found"):
+    with pytest.raises(InputError, match="attention_rollout cannot explain this model"):
         explain(model, IMAGES, methods="attention_rollout")
     with pytest.raises(InputError):
         explain(model, IMAGES, methods="grad_cam")

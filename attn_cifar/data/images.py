@@ -124,8 +124,8 @@ def _checked(data: "ImageData") -> dict[str, Any]:
 class ImageData:
     """A labeled image data set: training and test images, class names and normalization.
 
-    Your own arrays are checked once: labels of any integer type become int64; anything else raises `InputError` in `check`,
-    which `split`, `subset` and `Batches` call.
+    The arrays are checked once, and labels of any integer type become int64. Wrong arrays raise `InputError` in `check`, which
+    `split`, `subset` and `Batches` call.
     """
     train_images: np.ndarray  # uint8 (N, H, W, 3)
     train_labels: np.ndarray  # int64 (N,)

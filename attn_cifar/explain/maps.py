@@ -338,8 +338,8 @@ def _available_layers(method: str, names: Sequence[str], model: nn.Module, found
     return list(found.attention)
 
 # %% ../../nbs/07_explain.ipynb #63ee7f28
-_NEEDS = {"grad_cam": "no layer near the classifier keeps the image's positions; pass layers=, names in model.named_modules()",
-          "attention": "it needs attention over the positions of the image, in raster order; grad_cam may do"}
+_NEEDS = {"grad_cam": "no layer near the classifier keeps the image's positions; name one of model.named_modules() in layers=",
+          "attention": "it needs attention over the positions of the image, in raster order; grad_cam may work"}
 
 
 def _check_scores(found: Probe, multi_label: bool) -> int:
@@ -370,9 +370,9 @@ def plan_explanations(
             chosen[method] = available if names is None else list(names)
         elif methods is not None:
             needs = _NEEDS["grad_cam" if method == "grad_cam" else "attention"]
-            raise InputError(f"nothing for {method} was found in this model: {needs}")
+            raise InputError(f"{method} cannot explain this model: {needs}")
     if not chosen:
-        raise InputError(f"nothing to explain was found in this model: {_NEEDS['grad_cam']}")
+        raise InputError(f"no method can explain this model: {_NEEDS['grad_cam']}")
     return Plan(chosen, found.layouts, found.attention, classes, multi_label)
 
 # %% ../../nbs/07_explain.ipynb #13b12085

@@ -46,9 +46,9 @@ class Ultimus(nn.Module):
         self,
         embed_dim: int = 48,  # numbers per token
         head_dim: int = 8,  # numbers per token after projection, all heads together
-        tied: bool = False,  # one projection for key, query and value, as in upstream's code
-        heads: int = 1,
-        reach: int = 0,  # largest distance with its own relative-position score, 0: no such scores
+        tied: bool = False,  # one matrix for key, query and value, as in upstream's code
+        heads: int = 1,  # groups of the projected numbers, each with its own attention
+        reach: int = 0,  # largest distance with a score of its own; 0: no scores for distances
     ):
         super().__init__()
         if head_dim % heads:
@@ -67,7 +67,7 @@ class Ultimus(nn.Module):
         The channels of a single vector become T = 8 tokens with d = 1.
         """
         query, key, value = self.query(x), self.key(x), self.value(x)
-        if x.ndim == 2:  # upstream's K Q^T: returned as (query, key, value)
+        if x.ndim == 2:  # upstream writes K Q^T, so its key takes the place of our query
             return key.unsqueeze(-1), query.unsqueeze(-1), value.unsqueeze(-1)
         if self.heads > 1:
             query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
@@ -150,7 +150,7 @@ class SimilarityAttention(nn.Module):
         self,
         channels: int,
         heads: int = 2,  # groups of channels
-        reach: int = 7,  # largest distance with its own relative-position score, 0: no such scores
+        reach: int = 7,  # largest distance with a score of its own; 0: no scores for distances
     ):
         super().__init__()
         if channels % heads:

@@ -189,8 +189,8 @@ def _calibration(results: RunResults, pictures: Mapping[str, Picture]) -> Sectio
             for low, high, images, sure, share in calibration_table(evaluation)]
     error = 100 * evaluation.calibration_error
     alt = f"Reliability diagram of {len(rows)} ranges of probability; expected calibration error {error:.1f} points."
-    text = (f"Probability and share of right answers are {error:.1f} points apart on average (expected calibration error). Below "
-            "the dashed line, the network is overconfident.")
+    text = (f"The predicted probability and the share of right answers differ by {error:.1f} points on average (expected "
+            "calibration error). Below the dashed line, the network is overconfident.")
     return Section("calibration", "Calibration", text, plots=_show(pictures, "calibration", alt),
                    tables=[Table(("Probability", "Images", "Mean", "Right"), rows, "The ranges in numbers", folded=True)])
 
@@ -245,7 +245,7 @@ def _network(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Show the diagram of the network."
     parts = ", ".join(name for name, _ in results.run.need_model().named_children())
     alt = f"Diagram of the network from the image to the logits; its parts are {parts}."
-    text = "Drawn from a forward pass: parts with their parameters, shapes along the arrows, residuals on the right."
+    text = "Drawn from a forward pass: parts with their parameters, shapes along the arrows, residual connections on the right."
     return Section("network", "Network", text, plots=[replace(pictures["network"], alt=alt, fine=True)])
 
 # %% ../../nbs/report/sections.ipynb #17994b63
@@ -277,7 +277,7 @@ def _environment(results: RunResults, pictures: Mapping[str, Picture]) -> Sectio
 def _remake(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Show the commands and the code that repeat the run."
     run, images = results.run, results.run.config["data"]
-    text = (f"The data is {images['name']}: {images['train']:,} training and {images['test']:,} test images. If it is a "
+    text = (f"The data set is {images['name']}: {images['train']:,} training and {images['test']:,} test images. If it is a "
             "folder, put its path after --data. The same seed gives the same weights on the same kind of machine.")
     given = run.config.get("notes", {}).get("command")
     code = [("The command as given", given), ("The full command", remake_command(run)),
@@ -318,7 +318,7 @@ _METHOD_TEXTS = {
 _VERDICT_TEXTS = {
     "believable": "masking the highlighted area hurts the prediction more than masking an equal area elsewhere",
     "misleading": "masking the highlighted area hurts the prediction less than masking an equal area elsewhere",
-    "unproven": "masking the highlighted area instead of an equal area elsewhere makes no difference beyond chance",
+    "unproven": "masking the highlighted area and masking an equal area elsewhere differ no more than by chance",
     "empty": "the maps carry no information",
     "indifferent": "a network with shuffled weights gives the same maps"}
 
@@ -356,8 +356,7 @@ def _explained(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
         seen = embed_image(np.array(data.test_images[index]), f"test image {index} as the network gets it")
         inputs.append(replace(seen, small=True))
     text = ("Confident right answers and confident mistakes: true class → predicted class. The maps explain the "
-            "predicted class. In the maps, "
-            "bright is the highest value and dark the lowest.")
+            "predicted class. In each map, the brightest place has the highest value and the darkest the lowest.")
     strips = [("", strip)]
     if any(photograph is not None for photograph in results.photographs):
         height, width = data.test_images.shape[1:3]
