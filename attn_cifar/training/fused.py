@@ -9,7 +9,6 @@ __all__ = ['gains_from_kernels', 'fused']
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn

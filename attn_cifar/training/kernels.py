@@ -133,7 +133,7 @@ INLINE int padded(int C) { return (C + LANES - 1) / LANES * LANES; }
 // Work in PARTS equal parts, however many threads share them: sums have the same order, and results the same bits.
 #define FOR_PART(part, first, last, total) \
     _Pragma("omp parallel for schedule(dynamic) num_threads(threads)") for (int part = 0; part < PARTS; part++) \
-        for (int64_t first = (int64_t)part * (total) / PARTS, last = ((int64_t)part + 1) * (total) / PARTS, once = 1; once; once = 0)
+        for (int64_t first = (int64_t)part * (total) / PARTS, last = (part + (int64_t)1) * (total) / PARTS, on = 1; on; on = 0)
 // Blocks of 16 channels from at least 16; the last one overlaps the one before if C is not a multiple of 16.
 #define FOR_BLOCK(c, C) \
     for (int c = 0, next_ = 0; next_ < C; next_ += LANES, c = next_ < C - LANES ? next_ : C - LANES)
@@ -269,7 +269,7 @@ void norm_backward(const bf16 *dy, const bf16 *x, const bf16 *residual, const fl
     gather_sums(sums, C, E, first, second);
     free(sums);
     for (int c = 0; c < C; c++) { dweight[c] = second[c] * inverse[c]; dbias[c] = first[c]; }
-    for (int e = 0, c = 0; e < E; e++, c = (c + 1) % C) {  // dx = scale * (dz - mean dz - normalized x * mean (dz * normalized x))
+    for (int e = 0, c = 0; e < E; e++, c = (c + 1) % C) {  // dx = scale * (dz - mean dz - x' * mean (dz * x')), x' normalized
         factor[e] = -scale[e] * inverse[c] * dweight[c] / N;
         constant[e] = -scale[e] * dbias[c] / N - factor[e] * mean[c]; }
     FOR_PART(part, from, to, N * C / E) for (int64_t n = from; n < to; n++) for (int e = 0; e < E; e += LANES)
@@ -285,7 +285,8 @@ _LAST = torch.channels_last
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d, kind: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, norm: nn.BatchNorm2d,
+                kind: int) -> Tensor:
         channels = x.shape[1]
         mean, inverse, y = torch.empty(channels), torch.empty(channels), torch.empty_like(x)
         size = x.numel() // channels, channels
@@ -328,13 +329,13 @@ def norm_activation(
     residual: Tensor | None = None,  # like x, added before the activation
 ) -> Tensor:  # (B, C, H, W)
     "Return `activation(norm(x) + residual)`, in two passes over memory if the kernels support it."
-    kind, (batch, channels) = kind_of(activation), x.shape[:2]
+    kind, channels = kind_of(activation), x.shape[1]
     positions = x.numel() // max(channels, 1)
     plain = norm.training and norm.track_running_stats and norm.affine and norm.momentum is not None
     same = residual is None or residual.shape == x.shape and residual.dtype == x.dtype
     if (plain and same and kind is not None and _suits(x) and positions > 1 and norm.weight.dtype == torch.float32
             and positions % _NORM("positions_at_once", channels) == 0 and norm.num_features == channels):
-        norm.num_batches_tracked.add_(1)
+        norm.get_buffer("num_batches_tracked").add_(1)
         residual = None if residual is None else residual.contiguous(memory_format=_LAST)
         return _Norm.apply(x.contiguous(memory_format=_LAST), norm.weight, norm.bias, residual, norm, kind)
     y = nn.BatchNorm2d.forward(norm, x)
@@ -457,8 +458,8 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         (batch, channels, height, width), dx, dweight = x.shape, torch.empty_like(x), torch.empty_like(weight)
-        _DEPTHWISE("depthwise_backward", dy.contiguous(memory_format=_LAST), x, weight, dx, dweight, batch, height, width, channels,
-                   weight.shape[2])
+        _DEPTHWISE("depthwise_backward", dy.contiguous(memory_format=_LAST), x, weight, dx, dweight, batch, height, width,
+                   channels, weight.shape[2])
         return dx, dweight
 
 
@@ -485,7 +486,8 @@ INLINE shorts order(shorts h) {  // integers in the order of the numbers; NaN is
 // (B, H, W, C) to (B, H / 2, W / 2, C), and which of the four was largest
 void pool_forward(const bf16 *x, bf16 *y, uint8_t *place, int B, int H, int W, int C) {
     int rows = H / 2, columns = W / 2;
-    FOR_PART(part, from, to, (int64_t)B * rows) for (int64_t n = from; n < to; n++) for (int j = 0; j < columns; j++) FOR_BLOCK(c, C) {
+    FOR_PART(part, from, to, (int64_t)B * rows) for (int64_t n = from; n < to; n++) for (int j = 0; j < columns; j++)
+    FOR_BLOCK(c, C) {
         const bf16 *a = x + ((n / rows * H + n % rows * 2) * W + 2 * j) * C + c, *corner[] = {a, a + C, a + W * C, a + W * C + C};
         int64_t out = (n * columns + j) * C + c;
         shorts best = *(const shorts *)a, key = order(best), k = {0};
@@ -495,9 +497,11 @@ void pool_forward(const bf16 *x, bf16 *y, uint8_t *place, int B, int H, int W, i
         *(shorts *)(y + out) = best; *(bytes *)(place + out) = __builtin_convertvector(k, bytes);
     }
 }
-void pool_backward(const bf16 *dy, const uint8_t *place, bf16 *dx, int B, int H, int W, int C) {  // dx holds zeros if H or W is odd
+// dx must hold zeros if H or W is odd
+void pool_backward(const bf16 *dy, const uint8_t *place, bf16 *dx, int B, int H, int W, int C) {
     int rows = H / 2, columns = W / 2;
-    FOR_PART(part, from, to, (int64_t)B * rows) for (int64_t n = from; n < to; n++) for (int j = 0; j < columns; j++) FOR_BLOCK(c, C) {
+    FOR_PART(part, from, to, (int64_t)B * rows) for (int64_t n = from; n < to; n++) for (int j = 0; j < columns; j++)
+    FOR_BLOCK(c, C) {
         bf16 *a = dx + ((n / rows * H + n % rows * 2) * W + 2 * j) * C + c, *corner[] = {a, a + C, a + W * C, a + W * C + C};
         int64_t out = (n * columns + j) * C + c;
         shorts g = *(const shorts *)(dy + out), k = __builtin_convertvector(*(const bytes *)(place + out), shorts);
@@ -650,7 +654,8 @@ void attention_forward(const bf16 *x, const bf16 *added, const float *scale, con
                 transpose(f, turned, T, s.D);
                 add_product(f, s.D, 1, turned, T, w, T, T, T, s.d);
                 for (int t = 0; t < T; t++)
-                    softmax_row(w + t * T, position ? position + h * S + t * T : NULL, scale[h], weights + (b * heads + h) * S + t * T, T);
+                    softmax_row(w + t * T, position ? position + h * S + t * T : NULL, scale[h],
+                                weights + (b * heads + h) * S + t * T, T);
                 add_product(w, T, 1, values + h * block, s.D, out, s.D, T, s.D, T);
                 for (int t = 0; t < T; t++) FOR_BLOCK(i, s.d) {
                     int64_t at = (b * T + t) * C + h * s.d + i;
@@ -669,7 +674,8 @@ typedef struct { float *values, *features, *dfeatures, *dvalues, *inverse, *row,
 static memory arrange(float *base, sizes s) {
     int block = s.T * s.D, S = s.T * s.T;
     memory m = {.values = base};
-    m.features = m.values + s.heads * block; m.dfeatures = m.features + s.heads * block; m.dvalues = m.dfeatures + s.heads * block;
+    m.features = m.values + s.heads * block; m.dfeatures = m.features + s.heads * block;
+    m.dvalues = m.dfeatures + s.heads * block;
     m.inverse = m.dvalues + s.heads * block; m.row = m.inverse + s.T; m.w = m.row + 2 * (s.P + LANES); m.dscores = m.w + S;
     m.both = m.dscores + S; m.dmixed = m.both + S; m.turned = m.dmixed + block;
     return m;
@@ -704,8 +710,9 @@ static void head_backward(const bf16 *dy, const bf16 *weights, float scale, cons
 
 # %% ../../nbs/training/kernels.ipynb #67a195e3
 _ATTENTION_BACKWARD = r"""
-void attention_backward(const bf16 *dy, const bf16 *x, const bf16 *weights, const bf16 *mixed, const float *scale, const float *gain,
-                        bf16 *dx, float *dscale, float *dposition, float *dgain, int B, int T, int C, int heads) {
+void attention_backward(const bf16 *dy, const bf16 *x, const bf16 *weights, const bf16 *mixed, const float *scale,
+                        const float *gain, bf16 *dx, float *dscale, float *dposition, float *dgain, int B, int T, int C,
+                        int heads) {
     sizes s = size_up(T, C, heads);
     int block = T * s.D, S = T * T, own = heads * S + heads + s.P;
     float *sums = calloc((int64_t)PARTS * own, 4);
@@ -783,7 +790,8 @@ def add_attention(
             and tokens <= 1024 and head_size >= 16 and attention.gain.dtype == torch.float32):
         scale = (attention.sharpness * head_size**-0.5).flatten()
         position = None if attention.position is None else attention.position(height, width).contiguous()
-        return _Attention.apply(x.contiguous(memory_format=_LAST), added.contiguous(memory_format=_LAST), scale, position, attention.gain)
+        x, added = x.contiguous(memory_format=_LAST), added.contiguous(memory_format=_LAST)
+        return _Attention.apply(x, added, scale, position, attention.gain)
     return added + attention(x)
 
 # %% ../../nbs/training/kernels.ipynb #75d8dfa2

@@ -51,7 +51,7 @@ _SMALL = 1024  # numbers in a matrix
 
 
 def _batches(matrices: list[Tensor]) -> list[list[int]]:
-    "Group matrices (rows, columns) for `_orthogonalized`: by shape, and all small ones of a dtype together. Returns their places."
+    "Group matrices (rows, columns) by shape, and all small ones of a dtype together; return lists of places."
     groups: dict[Any, list[int]] = defaultdict(list)
     for place, matrix in enumerate(matrices):
         groups[matrix.dtype, matrix.device, None if matrix.numel() <= _SMALL else matrix.shape].append(place)

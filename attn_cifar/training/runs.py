@@ -225,7 +225,7 @@ def read_config(
             if isinstance(config.get("engine"), dict):
                 config["engine"].setdefault("fused", False)
         _check_kinds(config, _CONFIG, "it")
-        Engine(**{name: config["engine"][name] for name in _CONFIG["engine"]})
+        Engine(**{name: config["engine"][name] for name in ("device", "precision", "compile", "fused")})
         config["recipe"] = asdict(_check_recipe(config["recipe"]))  # fields that an older version lacked get their defaults
         _check_values(config)
     except (OSError, OverflowError, RecursionError, TypeError, ValueError) as error:
