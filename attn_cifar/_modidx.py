@@ -1738,6 +1738,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/attn_cifar', 'doc_host': '
                                                                                              'attn_cifar/training/muon.py'),
                                           'attn_cifar.training.muon.Muon.step': ( 'training/muon.html#muon.step',
                                                                                   'attn_cifar/training/muon.py'),
+                                          'attn_cifar.training.muon.Muon.zero_grad': ( 'training/muon.html#muon.zero_grad',
+                                                                                       'attn_cifar/training/muon.py'),
                                           'attn_cifar.training.muon._batches': ( 'training/muon.html#_batches',
                                                                                  'attn_cifar/training/muon.py'),
                                           'attn_cifar.training.muon._gradients': ( 'training/muon.html#_gradients',

@@ -10,7 +10,6 @@ __all__ = ['autocast', 'Engine', 'weights_dtype', 'default_device', 'choose_engi
 import ctypes
 import logging
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -88,10 +87,19 @@ def _compile_pays(device: str, macs: int, images: int) -> bool:
     return sys.platform != "win32" and macs > per_image and images * macs > in_all
 
 
-def _use_kernels(model: nn.Module, device: str, precision: str) -> bool:
-    "Decide whether to train with the kernels; the environment variable `ATTN_CIFAR_KERNELS=0` turns them off."
-    wanted = device == "cpu" and precision == "bfloat16" and os.environ.get("ATTN_CIFAR_KERNELS") != "0"
-    return wanted and gains_from_kernels(model) and kernels_available()
+def _use_kernels(
+    model: nn.Module,
+    device: str,
+    precision: str,
+    wanted: bool | None,  # None: if they help
+) -> bool:
+    "Decide whether to train with the kernels. Raises `InputError` if they are wanted and missing."
+    if wanted is False or wanted is None and not gains_from_kernels(model):
+        return False
+    possible = device == "cpu" and precision == "bfloat16" and kernels_available()
+    if wanted and not possible:
+        raise InputError("fused=True needs a CPU, bfloat16, and a C compiler on Linux")
+    return possible
 
 # %% ../../nbs/training/engine.ipynb #21af470e
 def choose_engine(
@@ -101,6 +109,7 @@ def choose_engine(
     device: str | None = None,  # None: a GPU if there is one
     precision: str | None = None,  # None: the fastest on the device
     compile: bool | None = None,  # None: if the work ahead repays it
+    fused: bool | None = None,  # the kernels for a CPU with bfloat16; None: if they help and `compile` is not True
 ) -> Engine:
     "Choose device, precision, compilation and kernels for an amount of work. Raises `InputError`."
     device = device or default_device()
@@ -112,7 +121,9 @@ def choose_engine(
                          "leave precision out, or convert the model with .float()")
     if precision is None:
         precision = _fastest_precision(device) if dtype == torch.float32 else "float32"
-    fused = not compile and _use_kernels(model, device, precision)
+    if compile and fused:
+        raise InputError("choose compile or fused, not both")
+    fused = not compile and _use_kernels(model, device, precision, fused)
     if compile is None and not fused:
         macs = count_macs(model, image_size) if any(True for _ in model.parameters()) else 0
         compile = _compile_pays(device, macs, images)

@@ -100,7 +100,7 @@ class RunLogger:
     def __init__(self, run: Run, data: ImageData, batches: Batches):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self.data, self.steps, self.epochs = run, data, 0, 0
+        self.run, self.data, self.steps, self.epochs, self.with_graph = run, data, 0, 0, False
         self.folder, self.model = run.need_folder(), run.need_model()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # a resumed run writes all its points again
         own_folder(self.folder / "tensorboard", self.folder)
@@ -108,7 +108,6 @@ class RunLogger:
         try:
             self.writer = SummaryWriter(str(self.folder / "tensorboard"))
             self.writer.add_images("Train-Images", self._pictures(batches))
-            self._add_graph()
             self._write_tables()
         except BaseException:
             threading.excepthook = self.threads_report
@@ -161,7 +160,10 @@ class RunLogger:
         self.steps, self.epochs = len(run.steps["loss"]), len(run.history)
 
     def write(self) -> None:
-        "Write everything that can be read without the checkpoint."
+        "Write everything that can be read without the checkpoint; at the first call also the graph, which takes a second."
+        if not self.with_graph:
+            self.with_graph = True
+            self._add_graph()
         self._write_tables()
         write_tensors(self.folder / "model.safetensors", self.model.state_dict(), self.folder)
         self.run.need_evaluation().save(self.folder / "evaluation.safetensors", self.folder)

@@ -393,6 +393,7 @@ def fit(
     device: str | None = None,  # "cpu" or "cuda"; None: a GPU if there is one
     precision: str | None = None,  # "float32", "bfloat16" or "float16"; None: the fastest the device has
     compile: bool | None = None,  # use torch.compile; None: if the run is long enough to repay it
+    fused: bool | None = None,  # use the kernels for a CPU with bfloat16; None: if they help
     deterministic: bool = False,  # use only algorithms that give the same bits each time; slower on a GPU
     verbose: bool = True,  # print one line per epoch, and a progress bar on a terminal
     checkpoint_seconds: float | None = None,  # between checkpoints inside an epoch; None: chosen to cost at most 1 %
@@ -414,7 +415,7 @@ def fit(
         processes.from_first(lambda: refuse_other_run(folder, resume))
     _check_model(model, data, recipe, processes)
     images, (height, width) = recipe.epochs * len(data.train_labels) // processes.count, data.train_images.shape[1:3]
-    engine = choose_engine(model, images, (height, width), device, precision, compile)
+    engine = choose_engine(model, images, (height, width), device, precision, compile, fused)
     config = as_json(describe_run(model, data, recipe, engine, seed=seed, deterministic=deterministic, processes=processes.count,
                                   notes=notes or {}))
     for rank, theirs in enumerate(processes.gather(config)):

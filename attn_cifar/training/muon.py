@@ -6,6 +6,7 @@
 __all__ = ['orthogonalize', 'Muon']
 
 # %% ../../nbs/training/muon.ipynb #e905682a
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -72,6 +73,10 @@ def _orthogonalized(
     return [part.mT if matrix.shape[0] > matrix.shape[1] else part for part, matrix in zip(parts, matrices, strict=True)]
 
 # %% ../../nbs/training/muon.ipynb #c2a28096
+# PyTorch wraps these two to keep `torch.compile` out of them, and the wrapper imports its compiler, which takes a second.
+_plain_add, _plain_zero = (inspect.unwrap(method) for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad))
+
+
 class Muon(torch.optim.Optimizer):
     "Muon for tensors of two or more dimensions, AdamW for the others; `betas[0]` is the momentum of both."
 
@@ -93,7 +98,11 @@ class Muon(torch.optim.Optimizer):
         for matrices in (True, False):
             if chosen := [p for p in params if (p.ndim >= 2) == matrices]:
                 decay = options["weight_decay"] if matrices else 0.0
-                super().add_param_group({**options, "params": chosen, "matrices": matrices, "weight_decay": decay})
+                _plain_add(self, {**options, "params": chosen, "matrices": matrices, "weight_decay": decay})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        "Forget all gradients, or set them to zero."
+        _plain_zero(self, set_to_none)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
