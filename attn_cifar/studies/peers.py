@@ -211,7 +211,8 @@ def our_loop(
     **options: Any,  # of `fit`: compile=…, precision=…
 ) -> list[float]:
     "Train one epoch with `fit`; the other arguments are those of `upstream_loop`."
-    options = {"compile": choose_engine(model, 24 * 50_000, data.train_images.shape[1]).compile, **options}
+    compile = choose_engine(model, 24 * 50_000, data.train_images.shape[1], fused=False).compile
+    options = {"compile": compile, "fused": False, **options}
     with nullcontext() if keep else mock.patch("attn_cifar.training.loop.keep_memory", nullcontext):
         return fit(model, data, recipe=RECIPE, epochs=1, batch_size=batch_size, max_lr=max_lr, seed=seed, out=folder / "run",
                    verbose=False, **options).steps["loss"]

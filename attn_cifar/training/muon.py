@@ -74,7 +74,8 @@ def _orthogonalized(
 
 # %% ../../nbs/training/muon.ipynb #c2a28096
 # PyTorch wraps these two to keep `torch.compile` out of them, and the wrapper imports its compiler, which takes a second.
-_plain_add, _plain_zero = (inspect.unwrap(method) for method in (torch.optim.Optimizer.add_param_group, torch.optim.Optimizer.zero_grad))
+_plain_add = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+_plain_zero = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
 class Muon(torch.optim.Optimizer):
