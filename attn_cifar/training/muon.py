@@ -67,9 +67,8 @@ def _orthogonalized(
     rows, columns = (max(matrix.shape[side] for matrix in wide) for side in (0, 1))
     batch = wide[0].new_zeros(len(wide), rows, columns)
     torch._foreach_copy_([part[:matrix.shape[0], :matrix.shape[1]] for part, matrix in zip(batch, wide, strict=True)], wide)
-    lengths = [0.2 * math.sqrt(max(matrix.shape)) for matrix in matrices]
-    batch = orthogonalize(batch) * torch.tensor(lengths, dtype=batch.dtype).to(batch.device, non_blocking=True)[:, None, None]
-    parts = [part[:matrix.shape[0], :matrix.shape[1]] for part, matrix in zip(batch, wide, strict=True)]
+    parts = [part[:matrix.shape[0], :matrix.shape[1]] for part, matrix in zip(orthogonalize(batch), wide, strict=True)]
+    torch._foreach_mul_(parts, [0.2 * math.sqrt(max(matrix.shape)) for matrix in matrices])
     return [part.mT if matrix.shape[0] > matrix.shape[1] else part for part, matrix in zip(parts, matrices, strict=True)]
 
 # %% ../../nbs/training/muon.ipynb #c2a28096
@@ -132,16 +131,18 @@ class Muon(torch.optim.Optimizer):
     def _orthogonal(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         momenta, beta, rate = [self.state[weight]["exp_avg"] for weight in weights], group["betas"][0], group["lr"]
         gradients, keep = _unscaled(_gradients(weights), getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        torch._foreach_lerp_(momenta, gradients, (1 - beta) * keep)
+        if isinstance(keep, Tensor):  # foreach would wait for its value
+            for momentum, gradient in zip(momenta, gradients, strict=True):
+                momentum.lerp_(gradient, (1 - beta) * keep)
+        else:
+            torch._foreach_lerp_(momenta, gradients, 1 - beta)
         ahead = [matrix.flatten(1) for matrix in torch._foreach_lerp(gradients, momenta, beta)]  # Nesterov
-        if group["weight_decay"]:
-            torch._foreach_mul_(weights, 1 - rate * group["weight_decay"] * keep)
+        for weight in weights if group["weight_decay"] else []:
+            weight.mul_(1 - rate * group["weight_decay"] * keep)
         for places in _batches(ahead):
             updates, targets = _orthogonalized([ahead[place] for place in places]), [weights[place] for place in places]
             steps = [update.unflatten(1, weight.shape[1:]) for update, weight in zip(updates, targets, strict=True)]
-            if isinstance(keep, Tensor):
-                torch._foreach_mul_(steps, keep)
-            torch._foreach_add_(targets, steps, alpha=-rate)
+            torch._foreach_add_(targets, [keep * step for step in steps] if isinstance(keep, Tensor) else steps, alpha=-rate)
 
     def _adamw(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[weight] for weight in weights]
