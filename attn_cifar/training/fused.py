@@ -90,18 +90,20 @@ def gains_from_kernels(model: nn.Module) -> bool:
     return any(type(module) in _BLOCKS or type(module) is nn.BatchNorm2d for module in model.modules())
 
 
-def _replacement_of(module: nn.Module) -> Callable[..., Tensor] | None:
+def _replacement_of(module: nn.Module, watched: set[nn.Module]) -> Callable[..., Tensor] | None:
     "Return what computes a module faster, None if nothing does."
     block = _BLOCKS.get(type(module))
-    if block is not None and not any(map(_is_watched, module.modules())):
+    if block is not None and (not watched or watched.isdisjoint(module.modules())):
         return block
-    return None if _is_watched(module) else _REPLACEMENTS.get(type(module))
+    return None if module in watched else _REPLACEMENTS.get(type(module))
 
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
     "Let the modules of a network use the kernels where they can; afterwards they are as before."
-    replaced = [(module, found) for module in model.modules() if (found := _replacement_of(module)) is not None]
+    modules = list(model.modules())
+    watched = {module for module in modules if _is_watched(module)}
+    replaced = [(module, found) for module in modules if (found := _replacement_of(module, watched)) is not None]
     try:
         for module, found in replaced:
             module.__dict__["forward"] = _Replacement(found, module)

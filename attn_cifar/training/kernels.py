@@ -118,7 +118,13 @@ typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
 static int threads = 1;
 void set_threads(int count) { threads = count; }
 
-INLINE lanes load(const bf16 *p) { return (lanes)(__builtin_convertvector(*(const halves *)p, bits) << 16); }
+INLINE lanes load(const bf16 *p) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+#else
+    return (lanes)(__builtin_convertvector(*(const halves *)p, bits) << 16);
+#endif
+}
 INLINE void store(bf16 *p, lanes f) {  // rounds to nearest, ties to even
 #ifdef __AVX512BF16__
     *(halves *)p = (halves)_mm512_cvtneps_pbh((__m512)f);
@@ -131,8 +137,9 @@ INLINE lanes choose(whole mask, lanes yes, lanes no) { return (lanes)((mask & (w
 INLINE int padded(int C) { return (C + LANES - 1) / LANES * LANES; }
 
 // Work in PARTS equal parts, however many threads share them: sums have the same order, and results the same bits.
+// A part always goes to the same thread, whose cache still holds what the kernel before wrote.
 #define FOR_PART(part, first, last, total) \
-    _Pragma("omp parallel for schedule(dynamic) num_threads(threads)") for (int part = 0; part < PARTS; part++) \
+    _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int part = 0; part < PARTS; part++) \
         for (int64_t first = (int64_t)part * (total) / PARTS, last = (part + (int64_t)1) * (total) / PARTS, on = 1; on; on = 0)
 // Blocks of 16 channels from at least 16; the last one overlaps the one before if C is not a multiple of 16.
 #define FOR_BLOCK(c, C) \
@@ -205,10 +212,10 @@ void batch_statistics(const bf16 *x, int64_t N, int C, float eps, float momentum
     double first[C], second[C];
     for (int e = 0; e < E; e++) { uint32_t u = (uint32_t)x[e % C] << 16; memcpy(origin + e, &u, 4); }
     FOR_PART(part, from, to, N / G) {
-        float *s = sums + 2 * part * E;
+        float *restrict s = sums + 2 * part * E, *restrict q = s + E;
         for (int64_t n = from; n < to; n++) for (int e = 0; e < E; e += LANES) {
             lanes v = load(x + n * E + e) - AT(origin + e);
-            AT(s + e) += v; AT(s + E + e) += v * v; }
+            AT(s + e) += v; AT(q + e) += v * v; }
     }
     gather_sums(sums, C, E, first, second);
     for (int c = 0; c < C; c++) {
@@ -249,13 +256,14 @@ void norm_forward(const bf16 *x, const bf16 *residual, const float *mean, const 
 # %% ../../nbs/training/kernels.ipynb #bd5565c4
 _NORM_BACKWARD = r"""
 #define BACKWARD(KIND, WITH) \
-    FOR_PART(part, from, to, N * C / E) for (int64_t n = from; n < to; n++) for (int e = 0; e < E; e += LANES) { \
-        float *s = sums + 2 * part * E + e; \
+    FOR_PART(part, from, to, N * C / E) { \
+        float *restrict s = sums + 2 * part * E, *restrict q = s + E; \
+        for (int64_t n = from; n < to; n++) for (int e = 0; e < E; e += LANES) { \
         lanes v = load(x + n * E + e), z = v * AT(scale + e) + AT(shift + e); \
         if (WITH) z += load(residual + n * E + e); \
         lanes d = load(dy + n * E + e) * slope(z, KIND); \
         store(dz + n * E + e, d); \
-        AT(s) += d; AT(s + E) += d * (v - AT(center + e)); }
+        AT(s + e) += d; AT(q + e) += d * (v - AT(center + e)); } }
 // dz = dy * slope of the activation, which is the residual's gradient; then those of x (may overwrite dz), weight and bias
 void norm_backward(const bf16 *dy, const bf16 *x, const bf16 *residual, const float *mean, const float *inverse,
                    const float *weight, const float *bias, bf16 *dz, bf16 *dx, float *dweight, float *dbias,
