@@ -144,10 +144,10 @@ def measure_deterministic(
 # %% ../../nbs/studies/speed.ipynb #a9b6e92f
 KERNELS = (("attn_tiny", 128), ("attn_small", 128), ("attn_speed", 500), ("basic_attn", 512))  # networks and their batch sizes
 _KINDS = {  # parts of a step, by the beginning of the names of PyTorch's operations
-    "dense convolutions": ("aten::mkldnn_conv", "aten::convolution_back", "aten::_slow_conv"),
+    "convolutions": ("aten::mkldnn_conv", "aten::convolution_back", "aten::_slow_conv"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
     "normalization and activation": ("_Norm", "aten::native_batch_norm", "aten::silu", "aten::gelu", "aten::relu", "aten::thres"),
-    "depthwise convolutions": ("_Depthwise",), "attention": ("_Attention", "aten::_softmax", "aten::native_layer_norm"),
+    "attention": ("_Attention", "aten::_softmax", "aten::native_layer_norm"),
     "pooling": ("_Pool", "aten::max_pool", "aten::mean")}
 
 

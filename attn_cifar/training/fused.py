@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.blocks import DepthwiseBlock, SimilarityAttention
 from ..models.networks import SpeedBlock
-from .kernels import add_attention, depthwise, kind_of, max_pool, norm_activation
+from .kernels import add_attention, kind_of, max_pool, norm_activation
 
 # %% ../../nbs/training/fused.ipynb #49760573
 class _Replacement(partial[Tensor]):
@@ -29,18 +28,6 @@ def _is_watched(module: nn.Module) -> bool:
                 or own is not None and type(own) is not _Replacement)
 
 # %% ../../nbs/training/fused.ipynb #5806cddb
-def _pointwise(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    "Apply a convolution; one of size 1×1 as a matrix product."
-    if (layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1 and x.ndim == 4):
-        return F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
-    return nn.Conv2d.forward(layer, x)
-
-
-def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    "Apply a convolution with the kernel for its shape."
-    return depthwise(x, layer) if layer.groups > 1 else _pointwise(layer, x)
-
-
 def _pool(layer: nn.MaxPool2d, x: Tensor) -> Tensor:
     "Pool by the maximum; 2×2 squares with the kernel."
     usual = (layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices) == (0, 1, False, False)
@@ -62,13 +49,13 @@ def _sequence(sequence: nn.Sequential, x: Tensor) -> Tensor:
 
 # %% ../../nbs/training/fused.ipynb #e8843647
 def _depthwise_block(block: DepthwiseBlock, x: Tensor) -> Tensor:
-    "Compute a depthwise block in six passes over memory."
-    context = depthwise(x, block.around)
+    "Compute a depthwise block, with normalization, activation and residual in one step."
+    context = block.around(x)
     if type(block.attention) is SimilarityAttention:
         context = add_attention(x, context, block.attention)
     elif block.attention is not None:
         context = context + block.attention(x)
-    mixed = _pointwise(block.mix, norm_activation(context, block.norm1, block.activation))
+    mixed = block.mix(norm_activation(context, block.norm1, block.activation))
     return norm_activation(mixed, block.norm2, block.activation, x)
 
 
@@ -80,8 +67,7 @@ def _speed_block(block: SpeedBlock, x: Tensor) -> Tensor:
 
 
 _REPLACEMENTS: dict[type, Callable[..., Tensor]] = {
-    nn.BatchNorm2d: lambda norm, x: norm_activation(x, norm), nn.Conv2d: _convolution, nn.MaxPool2d: _pool,
-    nn.Sequential: _sequence}
+    nn.BatchNorm2d: lambda norm, x: norm_activation(x, norm), nn.MaxPool2d: _pool, nn.Sequential: _sequence}
 _BLOCKS: dict[type, Callable[..., Tensor]] = {DepthwiseBlock: _depthwise_block, SpeedBlock: _speed_block}
 
 # %% ../../nbs/training/fused.ipynb #e77d7674
