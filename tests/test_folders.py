@@ -526,9 +526,10 @@ def test_the_advice_for_pixels_in_0_to_1_works():
 @pytest.mark.parametrize("count", [1, 2])
 def test_messages_agree_with_their_numbers(count):
     images = np.zeros((count, 8, 8, 3), np.uint8)
-    data = ImageData(images, np.zeros(count, int), images, np.zeros(count, int), ("a", "b")[:count], (0.5,) * 3, (0.25,) * 3, "few")
+    labels, names = np.zeros(count, int), ("a", "b")[:count]
+    data = ImageData(images, labels, images, labels, names, (0.5,) * 3, (0.25,) * 3, "few")
     maps = Explanation("grad_cam", "layer", torch.zeros(count, 2, 2), torch.zeros(count), torch.ones(count))
     evaluation = Evaluation(torch.zeros(count, 2), torch.zeros(count, dtype=torch.int64), ("a", "b"))
     text = f"{data!r} {maps!r} {evaluation!r}"
-    assert all(bool(re.search(rf"\b{count} {word}\b", text)) == (count == 1) for word in ("test image", "map", "image", "class"))
-    assert all(bool(re.search(rf"\b{count} {word}\b", text)) == (count == 2) for word in ("test images", "maps", "images", "classes"))
+    for words, right in ((("test image", "map", "image", "class"), 1), (("test images", "maps", "images", "classes"), 2)):
+        assert all(bool(re.search(rf"\b{count} {word}\b", text)) == (count == right) for word in words), text
