@@ -115,7 +115,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help":
                "port of the page, which only this machine can open (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help":
-                  "file for the picture of the first five images (default: explanation.png); the next five go to explanation-2.png, …"},
+                  "file for the picture of the first five images (default: explanation.png); "
+                  "the next five go to explanation-2.png, …"},
 }
 
 # %% ../nbs/cli/cli.ipynb #4c763799
