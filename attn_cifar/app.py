@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .core import InputError
+from .core import InputError, counted
 from .data.folders import open_image
 from .data.images import unnormalize
 from .explain.faithfulness import Faithfulness, blurred
@@ -63,7 +63,7 @@ _METHODS = {"grad_cam": "Grad-CAM", "attention_rollout": "attention rollout", "g
 _VERDICTS = {"believable": "hiding the bright area of such maps hurts the answer more than hiding another one",
              "misleading": "hiding the bright area of such maps hurts the answer less than hiding another one: do not trust it",
              "indifferent": "a network with shuffled weights gives the same maps: do not trust it",
-             "unproven": "hiding the bright area of such maps hurts the answer no more than chance would",
+             "unproven": "hiding the bright area of such maps and hiding another one have effects too similar to tell apart",
              "empty": "such maps are mostly empty for this network"}
 
 
@@ -73,7 +73,7 @@ def _judgment(
     "Say whether maps of this kind are faithful, and on how many test images that was measured."
     if measured is None:
         return "Whether such maps can be trusted was not measured for this network"
-    return f"Measured on {measured.images} test images: {_VERDICTS[measured.verdict]}"
+    return f"Measured on {counted(measured.images, 'test image')}:  {_VERDICTS[measured.verdict]}"
 
 # %% ../nbs/cli/app.ipynb #049deb92
 def _explained(

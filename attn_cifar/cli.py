@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import __version__
-from .core import InputError
+from .core import InputError, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,14 +81,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "SOURCE", "help": f"{_SOURCES} (default: cifar10)"},
     "--run-data": {"flags": ("--data",), "metavar": "SOURCE", "help": f"{_SOURCES} (default: the source that the run recorded)"},
     "--study-data": {"flags": ("--data",), "metavar": "SOURCE", "help": f"{_SOURCES} (default: the study's own)"},
-    "--model": {"metavar": "NAME", "help": f"network to train; attn-cifar models lists them (default: {_MODEL})"},
+    "--model": {"metavar": "NAME", "help": f"network to train (for a list, run: attn-cifar models; default: {_MODEL})"},
     "--from": {"dest": "start", "metavar": "RUN|MODEL", "help": "fine-tune: start from the weights of a run or of a model that "
                                                                "comes with the package, with a new last layer"},
     "--recipe": {"metavar": "NAME", "help": "hyperparameters by name: plain, upstream, tiny, small, base or speed "
                                             "(default: the model's own)"},
     "--epochs": {"metavar": "N", "type": int, "help": "passes over the training images (default: the recipe's)"},
-    "--batch-size": {"metavar": "N", "type": int, "help": "images per step (default: chosen by the number of "
-                                                                 "training images, at most the recipe's)"},
+    "--batch-size": {"metavar": "N", "type": int, "help": "images per step (default: depends on the number of "
+                                                                 "training images; at most the recipe's)"},
     "--max-lr": {"metavar": "auto|X", "type": _learning_rate, "default": ..., "help":
                  "peak learning rate; auto: from an LR range test (default: the recipe's, or auto for plain and upstream)"},
     "--seed": {"metavar": "N", "type": _seed, "help": "seed of initial weights, image order and augmentation (default: 0)"},
@@ -100,7 +100,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--deterministic": {"action": "store_true", "help": "use only algorithms that give the same bits each time"},
     "--device": {"choices": ("cpu", "cuda"), "help": "where to compute (default: on a GPU if there is one)"},
     "--image-size": {"metavar": "N", "type": int, "help": "height and width of the network's input in pixels; the images of a "
-                                                          "folder are resized to it (default: the model's, 32)"},
+                                                          "folder are resized to this size (default: the model's, 32)"},
     "--skip-bad": {"action": "store_true", "help": "skip images that cannot be read, instead of stopping"},
     "--json": {"action": "store_true", "help": "print one JSON value and nothing else"},
     "--top": {"metavar": "N", "type": _whole(1, 10**9), "default": 3, "help": "classes to show (default: 3)"},
@@ -109,12 +109,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--page": {"flags": ("-o", "--out"), "metavar": "FILE", "help":
                "file for the page that compares runs (default: comparison.html beside the first run)"},
     "--minutes": {"metavar": "N", "type": _whole(1, 1440), "help":
-                  "only for the study gpu: minutes to use; the same command continues with the parts that are left (default: 6)"},
+                  "only for the study gpu: minutes to use; run the same command again to continue with the remaining parts "
+                  "(default: 6)"},
     "--rehearse": {"action": "store_true", "help": "only for the study gpu: run at reduced size, even without a GPU"},
     "--port": {"metavar": "N", "type": _whole(1, 65535), "default": 7860, "help":
                "port of the page, which only this machine can open (default: 7860)"},
     "--picture": {"flags": ("-o", "--out"), "metavar": "FILE", "help":
-                  "file for the picture of the first five images (default: explanation.png); more go to explanation-2.png, …"},
+                  "file for the picture of the first five images (default: explanation.png); "
+                  "the next five go to explanation-2.png, …"},
 }
 
 # %% ../nbs/cli/cli.ipynb #4c763799
@@ -422,8 +424,8 @@ def _set_batch_size(arguments: argparse.Namespace, config: dict[str, Any] | None
     if config is None and arguments.batch_size is None and arguments.recipe is None:
         return replace(recipe, batch_size=fitting)
     if steps < 10 and recipe.batch_size > fitting:
-        _log.warning("an epoch has %d step%s: for %d images, the batch size would be %d without %s", steps, "s" * (steps > 1),
-                     images, fitting, "--recipe" if arguments.batch_size is None else "--batch-size")
+        _log.warning("an epoch has %s: for %s, the batch size would be %d without %s", counted(steps, "step"),
+                     counted(images, "image"), fitting, "--recipe" if arguments.batch_size is None else "--batch-size")
     return recipe
 
 # %% ../nbs/cli/cli.ipynb #e5782608
@@ -441,9 +443,9 @@ def _load_start(
         return None
     start = load_classifier(arguments.start)
     if start.name not in MODELS:
-        raise InputError(f"{arguments.start} holds a {start.name}, which only its own code can make")
+        raise InputError(f"{arguments.start} contains the network {start.name}, which only its own code can create")
     if arguments.model not in (None, start.name):
-        raise InputError(f"{arguments.start} is a {start.name}, not a {arguments.model}: leave --model out")
+        raise InputError(f"{arguments.start} contains the network {start.name}, not {arguments.model}: leave --model out")
     return start
 
 # %% ../nbs/cli/cli.ipynb #98c76b2f
@@ -499,7 +501,7 @@ def _train_and_report(
 
 # %% ../nbs/cli/cli.ipynb #7c9def59
 def _train(arguments: argparse.Namespace) -> _Result | None:
-    "Train a model, write its run folder and its report."
+    "Train a model, and write its run folder and report."
     from attn_cifar.training.processes import join_processes
     from attn_cifar.training.runs import refuse_other_run
 
@@ -519,8 +521,8 @@ def _train(arguments: argparse.Namespace) -> _Result | None:
 # %% ../nbs/cli/cli.ipynb #54641c66
 def _training_lines(value: dict[str, Any]) -> Iterator[str]:
     "Describe a finished run."
-    yield (f"test accuracy {value['test_accuracy']:.2%} after {value['epoch']:.0f} epochs, max_lr {value['max_lr']:.3g}, "
-           f"batch size {value['batch_size']}")
+    yield (f"test accuracy {value['test_accuracy']:.2%} after {counted(round(value['epoch']), 'epoch')}, "
+           f"max_lr {value['max_lr']:.3g}, batch size {value['batch_size']}")
     yield f"report: {value['report']}"
 
 # %% ../nbs/cli/cli.ipynb #5703f007
@@ -581,7 +583,7 @@ def _evaluate(arguments: argparse.Namespace) -> _Result:
 def _evaluation_lines(value: dict[str, Any]) -> Iterator[str]:
     "Describe an evaluation: the whole test set, then each class."
     yield (f"test accuracy {value['accuracy']:.2%}, loss {value['loss']:.4f}, calibration error "
-           f"{value['calibration_error']:.2%}, {value['images']:,} images")
+           f"{value['calibration_error']:.2%}, {counted(value['images'], 'image')}")
     for name, accuracy in value["class_accuracy"].items():
         yield f"{name:>16}: {accuracy:.1%}"
 
@@ -624,7 +626,7 @@ def _explain(arguments: argparse.Namespace) -> _Result:
     classifier = load_classifier(arguments.model)
     _progress.info("reading images")
     images = classifier.read(arguments.images)[1]
-    _progress.info(f"explaining {len(images)} image{'s' * (len(images) > 1)}")
+    _progress.info(f"explaining {counted(len(images), 'image')}")
     explanations, measured = explain_images(classifier, images, arguments.layers == "all")
     _progress.info("drawing")
     _draw_explanations(pages, arguments.images, classifier, images, explanations, measured)
@@ -692,12 +694,13 @@ def _explanation_lines(
         yield f"{name}: {label} {probability:.1%}"
     known = [found for found in measured if found is not None]
     if known:
-        yield f"can such maps be believed? measured for this network on {max(found.images for found in known)} test images"
+        yield ("can such maps be believed? measured for this network on "
+               f"{counted(max(found.images for found in known), 'test image')}")
     else:
         yield "whether such maps can be believed has not been measured for this network: attn-cifar report RUN measures it"
     for found in known:
         yield (f"  {found.method} in {found.layer}: {found.verdict} (deletion {found.deletion:.3f}, insertion "
-               f"{found.insertion:.3f}, gain {found.gain:+.3f} ± {found.error:.3f}, similarity to shuffled weights "
+               f"{found.insertion:.3f}, gain {found.gain:+.3f} ± {found.error:.3f}, similarity to maps of shuffled weights "
                f"{found.resemblance:+.2f})")
     yield from value["files"]
 

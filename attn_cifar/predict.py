@@ -36,7 +36,8 @@ class Classifier:
     mean: tuple[float, ...]  # of the red, green and blue values in 0..1
     std: tuple[float, ...]
     image_size: int  # height and width in pixels
-    confusion: Tensor | None = field(default=None, compare=False, repr=False)  # int64 (C, C): test images by true and given class
+    # test images by true class (rows) and predicted class (columns), int64 (C, C)
+    confusion: Tensor | None = field(default=None, compare=False, repr=False)
     faithfulness: Sequence[Faithfulness] = field(default=(), compare=False, repr=False)  # empty: not measured
 
     def read(
@@ -104,7 +105,7 @@ def read_photographs(
     classifier: Classifier,
     paths: Sequence[str | os.PathLike],  # image files, one or more
 ) -> Tensor:  # float32 (B, 3, S, S), normalized; S is at least the classifier's image size
-    "Read the squares that the network sees, in the resolution of the files. Raises `InputError`."
+    "Read the squares that the network sees at a higher resolution, up to 384×384 pixels. Raises `InputError`."
     sides = [min(read_size(path)) for path in paths]
     size = max(classifier.image_size, min(MAX_PHOTOGRAPH, max(sides)))
     pixels = np.stack([read_image(path, size) for path in paths])
@@ -126,7 +127,7 @@ def explain_images(
     classifier: Classifier,
     images: Tensor,  # float (B, 3, H, W), normalized
     every_layer: bool = False,  # False: the last one of each method
-) -> tuple[list[Explanation], list[Faithfulness | None]]:  # one each per method and layer; None: not measured for this network
+) -> tuple[list[Explanation], list[Faithfulness | None]]:  # one of each per method and layer; None: not measured for this network
     "Explain the predicted classes by every method that the network allows, and look up whether such maps are faithful."
     explanations = explain(classifier.model, images)
     if not every_layer:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import InputError
+from .core import InputError, counted
 from .data.augmentation import NO_AUGMENTATION, AlbumentationsTransform
 from .data.batches import ImageDataset
 from .data.images import ImageData, unnormalize
@@ -176,7 +176,7 @@ class train_losses:
         current_epoch: int,  # from 0
         scheduler: torch.optim.lr_scheduler.LRScheduler | None,  # stepped after each batch; None: no schedule
         tb_writer: "SummaryWriter",  # gets `Train loss` and `LR` per step, `Acc/Train` per epoch
-        L1_factor: float = 0,  # times the sum over parameter tensors of mean |w|, added to the loss
+        L1_factor: float = 0,  # weight of the L1 penalty, the sum over parameter tensors of mean |w|
     ) -> None:
         "Train one epoch; record `train_loss` and `train_lr` per step and `train_acc` in percent. Raises `InputError`."
         from tqdm import tqdm
@@ -390,7 +390,7 @@ class cifar10_plots:
 
         shown = min(num_images, len(counters["mis_img"]))
         if shown < num_images:
-            print(f"{shown} images are shown: there are no more mistakes")
+            print(f"{counted(shown, 'mistake')} to show, fewer than the {num_images} requested")
         rows = -(-max(shown, 1) // 5)
         with rc_context(STYLE):
             figure = new_figure(0.4 + 1.55 * rows)
@@ -420,7 +420,7 @@ class cifar10_plots:
 
         (a, b), chosen = disp_range, range(len(images))[slice(*disp_range)]
         if not chosen:
-            raise InputError(f"there are {len(images)} images, none in the range {a} to {b}")
+            raise InputError(f"none of the {counted(len(images), 'image')} lies in the range {a} to {b}")
         targets = torch.tensor([int(labels[index]) for index in chosen])
         explanations = [Explanation("grad_cam", name, maps[a:b, 0].cpu(), targets, torch.ones(len(chosen)))
                         for name, maps in zip(target_layers, gcam_layers, strict=True)]

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from PIL import Image, features
 from attn_cifar.core import IMAGE_SUFFIXES, InputError
 from attn_cifar.data import Augmentation, Batches, ImageData, load_data, read_image
 from attn_cifar.data import folders as module
+from attn_cifar.explain import Explanation
 from attn_cifar.files import own_folder, regular_file, remove_leftovers, write_text
+from attn_cifar.training import Evaluation
 
 CLASSES = "cat", "dog"
 
@@ -509,3 +512,24 @@ def test_checked_bytes_are_the_loaded_ones(tmp_path, monkeypatch):
     path.write_bytes(b"content")
     assert sources._read_checked(path, "9a0364b9e99bb480dd25e1f0284c8555") == b"content" and len(opened) == 1
     assert sources._read_checked(tmp_path / "none", "") is None
+
+
+def test_the_advice_for_pixels_in_0_to_1_works():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    data = ImageData(pixels / 255, np.arange(4) % 2, pixels, np.arange(4) % 2, ("a", "b"), (0.5,) * 3, (0.25,) * 3, "floats")
+    with pytest.raises(InputError) as refused:
+        data.check()
+    advice = re.search(r"convert them with (.+?) if they lie in 0\.\.1", str(refused.value))[1]
+    assert np.array_equal(eval(advice, {"images": pixels / 255, "np": np}), pixels), "not a line to copy"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_messages_agree_with_their_numbers(count):
+    images = np.zeros((count, 8, 8, 3), np.uint8)
+    labels, names = np.zeros(count, int), ("a", "b")[:count]
+    data = ImageData(images, labels, images, labels, names, (0.5,) * 3, (0.25,) * 3, "few")
+    maps = Explanation("grad_cam", "layer", torch.zeros(count, 2, 2), torch.zeros(count), torch.ones(count))
+    evaluation = Evaluation(torch.zeros(count, 2), torch.zeros(count, dtype=torch.int64), ("a", "b"))
+    text = f"{data!r} {maps!r} {evaluation!r}"
+    for words, right in ((("test image", "map", "image", "class"), 1), (("test images", "maps", "images", "classes"), 2)):
+        assert all(bool(re.search(rf"\b{count} {word}\b", text)) == (count == right) for word in words), text

@@ -407,6 +407,18 @@ def test_rare_mistakes_are_not_zero_percent(tmp_path):
     assert matrix.count("&lt;1</text>") == 1 and ">0</text>" not in matrix
 
 
+def test_one_mistake_is_described_as_one(tmp_path):
+    labels = torch.arange(40) % 2
+    labels[-1] = 2
+    guess = torch.where(labels == 2, 0, labels)
+    run, data = make_run(tmp_path / "run", torch.nn.functional.one_hot(guess, 3).float(), labels, epochs_of([1.0]))
+    text = Page(make_report(run, data).read_text(encoding="utf-8")).text
+    assert "Misclassified: 1 of 40 test images. This is it:" in text and "The only mistake" in text and "These are" not in text
+    assert "of the only image of class 2 is recognized; most often mistaken for class 0 (1)." in text and "1 of 1 time." in text
+    assert "after one epoch: a trend takes at least two" in text
+    assert "over 1 epoch:" in (run.folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_columns_without_content_are_left_out(tmp_path):
     labels = torch.arange(40) % 2
     run, data = make_run(tmp_path / "run", torch.nn.functional.one_hot(labels, 2).float(), labels)
@@ -425,7 +437,7 @@ def test_the_baseline_is_the_most_common_class(tmp_path, wrong, poor):
     assert "always answering class 0, the most common class, 90.0\N{NO-BREAK SPACE}%" in html and "guessing" not in html
     assert ('class="score poor"' in html) == poor, "the color of warnings is for results no better than the baseline"
     accuracy, advice = verdicts(run)[0], verdicts(run)[-1]
-    assert advice[:2] == ("Next", "Another max_lr," if poor else "A larger network,") and advice[2] in html, "what to do next"
+    assert advice[:2] == ("Next", "Another max_lr," if poor else "A larger network") and advice[2] in html, "what to do next"
     assert ("not distinguishable" in accuracy[2]) == poor and "95 % interval" in accuracy[2]
 
 
@@ -446,7 +458,7 @@ def test_a_network_that_learned_nothing_is_not_praised(tmp_path):
     lines = {question: (number, sentence) for question, number, sentence in verdicts(run)}
     assert "overfitting" not in lines["Fit"][1] and "not learned its training images" in lines["Fit"][1]
     assert lines["Next"][0] == "Another max_lr,", "more epochs alone do not help"
-    assert lines["Weakest"][1].startswith("of 10 images of class 1,"), "on how many images"
+    assert lines["Weakest"][1].startswith("of the 10 images of class 1 are recognized;"), "of how many images"
 
 
 def test_a_perfect_run_asks_for_other_images(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import InputError
+from ..core import InputError, counted
 from .augmentation import NO_AUGMENTATION, Augmentation
 from .images import normalize
 
@@ -80,7 +80,7 @@ def _place(
     if stored[0].dtype != torch.uint8 or stored[0].ndim != 4 or stored[0].shape[3] != 3 or not len(stored[0]):
         raise InputError(f"images must be uint8 (N, H, W, 3), not {stored[0].dtype} {tuple(stored[0].shape)}")
     if stored[1].shape != stored[0].shape[:1] or stored[1].is_floating_point():
-        raise InputError(f"labels must be {len(stored[0])} integers, not {stored[1].dtype} {tuple(stored[1].shape)}")
+        raise InputError(f"labels must be {counted(len(stored[0]), 'integer')}, not {stored[1].dtype} {tuple(stored[1].shape)}")
     stored = stored[0], stored[1].long()
     if device.type == "cuda" and stored[0].nbytes >= torch.cuda.mem_get_info(device.index)[0] / 2:
         return stored

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import InputError
+from ..core import InputError, counted
 
 # %% ../../nbs/01_data.ipynb #380b6245
 def _stratified(
@@ -63,8 +63,9 @@ def _check_images(images: Any, name: str) -> np.ndarray:  # uint8 (N, H, W, 3)
     if images.ndim != 4 or images.shape[3] != 3:
         raise InputError(f"{name} has the shape {images.shape}; {_layout(images.shape)}")
     if images.dtype != np.uint8:
-        scale = "round(255 * images) if they lie in 0..1" if images.dtype.kind == "f" else "values in 0..255"
-        raise InputError(f"{name} is {images.dtype}, but pixels are uint8, 0 to 255: convert them ({scale})")
+        how = ("with (255 * images).round().astype(np.uint8) if they lie in 0..1" if images.dtype.kind == "f"
+               else "to values in 0..255")
+        raise InputError(f"{name} is {images.dtype}, but pixels are uint8, 0 to 255: convert them {how}")
     if 0 in images.shape:
         raise InputError(f"{name} has the shape {images.shape}: it contains no image")
     return images
@@ -80,7 +81,7 @@ def _check_labels(labels: Any, name: str, count: int, classes: int) -> np.ndarra
     if labels.dtype.kind not in "iu":
         raise InputError(f"{name} is {labels.dtype}, but labels are integers, the position of the class in class_names")
     if len(labels) != count:
-        raise InputError(f"{name} has {len(labels):,} labels for {count:,} images")
+        raise InputError(f"{name} has {counted(len(labels), 'label')} for {counted(count, 'image')}")
     if (least := int(labels.min())) < 0 or (most := int(labels.max())) >= classes:
         outside = least if least < 0 else most
         raise InputError(f"{name} has the label {outside}, but {classes} class names allow 0 to {classes - 1}"
@@ -156,8 +157,9 @@ class ImageData:
         if self._problem:
             return f"ImageData({self.name!r}: {self._problem})"
         height, width = self.train_images.shape[1:3]
-        return (f"ImageData({self.name!r}: {len(self.train_labels):,} training and {len(self.test_labels):,} test images of "
-                f"{height}×{width} pixels, {len(self.class_names)} classes)")
+        return (f"ImageData({self.name!r}: {len(self.train_labels):,} training and "
+                f"{counted(len(self.test_labels), 'test image')} of {height}×{width} pixels, "
+                f"{counted(len(self.class_names), 'class', 'classes')})")
 
     def split(
         self,
@@ -192,7 +194,8 @@ class ImageData:
 # %% ../../nbs/01_data.ipynb #19149571
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:
     "Return one number per channel as a tensor that broadcasts over (B, 3, H, W), on the device of `like`."
-    numbers = [torch.full((), value, dtype=torch.float32, device=like.device) for value in values]  # a copy would wait for a GPU
+    # copying from a CPU tensor would make the CPU wait for the GPU
+    numbers = [torch.full((), value, dtype=torch.float32, device=like.device) for value in values]
     return torch.stack(numbers).view(1, -1, 1, 1)
 
 # %% ../../nbs/01_data.ipynb #dc31f45a

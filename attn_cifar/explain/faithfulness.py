@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.images import ImageData, normalize
 from .maps import (
     PORTION, Explanation, class_scores, explain, explain_planned, plan_explanations, prepare_images)
@@ -241,7 +241,7 @@ def check_explanations(
             print(check.method, check.layer, check.verdict)
     """
     if not explanations or any(len(explanation.maps) != len(images) for explanation in explanations):
-        raise InputError(f"these are not the explanations of {len(images)} images")
+        raise InputError(f"these are not the explanations of {counted(len(images), 'image')}")
     targets = explanations[0].targets
     if any(not torch.equal(explanation.targets, targets) for explanation in explanations):
         raise InputError("the explanations are about different classes: check those of one class at a time")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import InputError
+from ..core import InputError, counted
 from .positions import Layout, Probe, probe
 from .watch import Attention, undisturbed, watch
 from ..models.inspection import unwrap
@@ -29,11 +29,11 @@ class Explanation:
     maps: Tensor  # float32 (B, h, w), on the CPU, neither resized nor normalized
     targets: Tensor  # int64 (B,), the explained class of each image
     probabilities: Tensor  # float32 (B,), 0..1: the model's probability of that class
-    multi_label: bool = False  # True: every class has a probability of its own, by a sigmoid
+    multi_label: bool = False  # True: each class has its own probability, from a sigmoid
 
     def __repr__(self) -> str:
         count, height, width = self.maps.shape
-        return f"Explanation({self.method} of {self.layer or 'the network'}: {count} maps of {height}×{width})"
+        return f"Explanation({self.method} of {self.layer or 'the network'}: {counted(count, 'map')} of {height}×{width})"
 
     @property
     def empty(self) -> Tensor:
@@ -90,7 +90,7 @@ MAX_LAYERS = 4  # of Grad-CAM by default: the last four
 
 
 def _find_layers(model: nn.Module, found: Probe) -> list[str]:
-    "Choose layers for Grad-CAM whose positions are known, the last one near the classifier; none if there is none."
+    "Choose layers for Grad-CAM whose positions are known, the last one near the classifier; return [] if there are none."
     names = {"convolutions": convolution_layers(model), "inputs": found.reads, "blocks": _blocks(model)}
     choices = {kind: [name for name in found.layouts if name in set(chosen)] for kind, chosen in names.items()}
     parts = [part for name in choices["convolutions"] for part in model.get_submodule(name).modules()]
@@ -177,7 +177,7 @@ def _find_logits(output: object) -> object:
 
 def class_scores(
     output: object,  # of a network: logits (B, C), (B, 1) or (B,), or an output that contains them
-    multi_label: bool = False,  # True: each class has a probability of its own, by a sigmoid
+    multi_label: bool = False,  # True: each class has its own probability, from a sigmoid
 ) -> tuple[Tensor, Tensor]:  # score and probability of each class, float32 (B, classes)
     "Return each class's score (to differentiate) and its probability. A single logit separates two classes. Raises `InputError`."
     logits = _find_logits(output)
@@ -246,7 +246,7 @@ def _check_model(model: nn.Module) -> None:
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError("TorchScript modules cannot be explained, since they take no hooks: pass the module they were made from")
     if any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()]):
-        raise InputError("a model made in torch.inference_mode() cannot be explained, since it has no gradients: make it outside")
+        raise InputError("a model made in torch.inference_mode() has no gradients and cannot be explained: make it outside")
 
 # %% ../../nbs/07_explain.ipynb #f3f80f31
 def prepare_images(
@@ -267,14 +267,14 @@ def _choose_targets(targets: int | Sequence[int] | Tensor, images: int, classes:
     try:
         chosen = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"targets must be numbers of classes, 0..{classes - 1}; got {targets}") from error
+        raise InputError(f"targets must be class numbers, 0..{classes - 1}; got {targets}") from error
     if chosen.is_floating_point() or chosen.dtype == torch.bool:
         raise InputError(f"targets must be whole numbers, 0..{classes - 1}; got {targets}")
     if chosen.dim() > 1:
         raise InputError(f"targets must be one class per image, not {tuple(chosen.shape)}: explain several classes one by one")
     chosen = chosen.reshape(-1).long()
     if len(chosen) not in (1, images):
-        raise InputError(f"{len(chosen)} targets for {images} images: give one target, or one for each image")
+        raise InputError(f"{counted(len(chosen), 'target')} for {counted(images, 'image')}: give one target, or one per image")
     if chosen.min() < 0 or chosen.max() >= classes:
         raise InputError(f"targets must lie in 0..{classes - 1}, the classes of the model; got {targets}")
     return chosen.expand(images).clone()
@@ -319,27 +319,27 @@ def _check_names(model: nn.Module, names: Sequence[str]) -> None:
 def _check_output(name: str, found: Probe) -> None:
     "Raise `InputError` unless a layer ran and its output has positions, at known places."
     if name not in found.shapes:
-        raise InputError(f"layer {name!r} did not run in a forward pass, or gives no tensor: name another one")
+        raise InputError(f"layer {name!r} did not run in a forward pass, or its output is no tensor: name another layer")
     if name not in found.layouts:
         shape = ("B", *found.shapes[name][1:])
         raise InputError(f"layer {name!r} gives ({', '.join(map(str, shape))}), not a map (B, C, h, w) or (B, tokens, C) whose "
-                         "positions follow those of the image: name another one")
+                         "positions follow those of the image: name another layer")
 
 # %% ../../nbs/07_explain.ipynb #49385a94
 def _available_layers(method: str, names: Sequence[str], model: nn.Module, found: Probe) -> list[str]:
-    "Return the layers at which `method` can explain, none if there is none; raise `InputError` for a wrong name."
+    "Return the layers at which `method` can explain, perhaps none; raise `InputError` for a wrong name."
     if method == "grad_cam":
         for name in names:
             _check_output(name, found)
         return list(names) or _find_layers(model, found)
     unknown = [name for name in names if name not in found.attention]
     if unknown and found.attention:
-        raise InputError(f"no attention over positions at {unknown[0]!r}: there is some at {', '.join(found.attention)}")
+        raise InputError(f"no attention over positions at {unknown[0]!r}: attention was found at {', '.join(found.attention)}")
     return list(found.attention)
 
 # %% ../../nbs/07_explain.ipynb #63ee7f28
 _NEEDS = {"grad_cam": "no layer near the classifier keeps the image's positions; name one of model.named_modules() in layers=",
-          "attention": "it needs attention over the positions of the image, in raster order; grad_cam may work"}
+          "attention": "this network has no attention over positions in raster order; grad_cam may work"}
 
 
 def _check_scores(found: Probe, multi_label: bool) -> int:
@@ -389,17 +389,19 @@ def explain_planned(
 
 
 def explain(
-    model: nn.Module,  # returns logits (B, C), or (B, 1) for two classes; compiled, frozen or in training mode, it is not changed
+    model: nn.Module,  # returns logits (B, C), or (B, 1) for two classes
     images: Tensor,  # float (B, 3, H, W), normalized
     targets: int | Sequence[int] | Tensor | None = None,  # classes, one or (B,); None: the predicted ones
     methods: str | Sequence[str] | None = None,  # names in `METHODS`; None: those of the first three that the model supports
-    layers: Layers | Mapping[str, Layers] | None = None,  # names or modules, or those per method; None: found
-    multi_label: bool = False,  # True: each class has a probability of its own, by a sigmoid
+    # names of layers or the modules themselves, or a dictionary of these by method; None: chosen automatically
+    layers: Layers | Mapping[str, Layers] | None = None,
+    multi_label: bool = False,  # True: each class has its own probability, from a sigmoid
 ) -> list[Explanation]:
     """Explain the predictions of `model` for `images`: one `Explanation` per method and layer, each with one map per image.
 
-    A layer is explained only if changing one patch of the image changes its output where the map places the patch. Raises
-    `InputError` for unknown methods, layers or targets, and if the model has nothing to explain. Example:
+    The model may be compiled, frozen or in training mode, and is left unchanged. A layer is explained only if changing one patch
+    of the image changes its output where the map places the patch. Raises `InputError` for unknown methods, layers or targets,
+    and if no method can explain the model. Example:
 
         explanations = explain(model, images, methods="grad_cam")
         heat = explanations[-1].upsampled(32)  # (B, 32, 32) in 0..1

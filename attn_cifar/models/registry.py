@@ -43,7 +43,7 @@ MODELS: dict[str, ModelEntry] = {
     "spatial_attn": ModelEntry(SpatialAttention, "upstream", "the same blocks over 8×8 positions, with residuals"),
     "hybrid_attn": ModelEntry(HybridAttention, "plain", "depthwise convolutions, and one attention block over 8×8 positions"),
     "attn_tiny": ModelEntry(partial(HybridAttention, **_TINY, **_SIMILARITY, heads=2), "tiny",
-                            "depthwise convolutions, attention without projections beside them"),
+                            "depthwise convolutions, and attention without projections in parallel"),
     "conv_tiny": ModelEntry(partial(HybridAttention, **_TINY, attention=None), "tiny", "its twin without attention"),
     "attn_small": ModelEntry(partial(HybridAttention, **_SMALL, **_SIMILARITY, heads=4), "small",
                              "the form of attn_tiny with eleven times its parameters"),
@@ -51,7 +51,7 @@ MODELS: dict[str, ModelEntry] = {
     "attn_base": ModelEntry(partial(HybridAttention, **_BASE, **_SIMILARITY, heads=8, beside=4), "base",
                             "the same form under 3.8 million parameters"),
     "conv_base": ModelEntry(partial(HybridAttention, **_BASE, attention=None), "base", "its twin without attention"),
-    "attn_speed": ModelEntry(SpeedAttention, "speed", "dense convolutions with attention beside them, for few epochs"),
+    "attn_speed": ModelEntry(SpeedAttention, "speed", "dense convolutions, and attention in parallel, for few epochs"),
     "conv_speed": ModelEntry(partial(SpeedAttention, attention=False), "speed", "its twin without attention"),
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.images import ImageData
 from ..files import write_text
 from .chart import COLORED, Chart, Matrix
@@ -97,7 +97,7 @@ def _curves(runs: Sequence[Run]) -> Section:
         ends = ", ".join(f"{letter} {line[len(run.history) - 1]:.3g}" for (letter, line), run
                          in zip(lines.items(), runs, strict=True))
         charts.append(Chart(f"test {quantity} [{unit}]", lines, range(1, epochs + 1),
-                            f"Test {quantity} over {epochs} epochs; at the end: {ends}.", form))
+                            f"Test {quantity} over {counted(epochs, 'epoch')}; at the end: {ends}.", form))
     return Section("curves", "Curves", "On the test images, after each epoch.", wide=True, charts=charts)
 
 # %% ../../nbs/report/comparison.ipynb #dce97eaf
@@ -149,7 +149,7 @@ def _disagreements(runs: Sequence[Run], data: ImageData) -> Section:
                    f"{whole_percent(float(one.probabilities[index].max()))}\N{NO-BREAK SPACE}%"
                    for letter, one in zip(_letters(runs), evaluations, strict=True)]
         gallery.append(embed_image(np.array(data.test_images[index]), f"Test image {index}, {true}", (true, *answers)))
-    text = f"The runs give different answers for {len(indices):,} of {len(data.test_labels):,} test images."
+    text = f"The runs give different answers for {len(indices):,} of {counted(len(data.test_labels), 'test image')}."
     text += " Under each image: its true class, then the answer of each run and its probability." if gallery else ""
     return Section("disagreements", "Where they disagree", text, "Images", gallery=gallery)
 

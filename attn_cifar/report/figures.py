@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.augmentation import Augmentation
 from ..data.folders import find_photographs
 from ..data.images import ImageData, normalize
@@ -94,7 +94,8 @@ class RunResults:
         "The stored evaluation, if all its outputs are numbers. Raises `InputError`."
         undefined = undefined_outputs(self.evaluation)
         if undefined:
-            raise InputError(f"the outputs for {undefined:,} of {len(self.evaluation.labels):,} test images are NaN or infinite")
+            images = counted(len(self.evaluation.labels), "test image")
+            raise InputError(f"the outputs for {undefined:,} of {images} are NaN or infinite")
         return self.evaluation
 
     @property

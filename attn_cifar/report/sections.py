@@ -8,6 +8,7 @@ __all__ = ['MISTAKES', 'EXPLAINED_SIDE', 'LAYOUT', 'SECTIONS', 'check_data', 'ma
 # %% ../../nbs/report/sections.ipynb #58fb0f2c
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.augmentation import Augmentation
 from ..data.batches import Batches
 from ..data.images import ImageData, unnormalize
@@ -63,8 +64,8 @@ def _score(evaluation: Evaluation) -> Score:
     legend = (f"Line: 95\N{NO-BREAK SPACE}% interval, {percent(low)} to {percent(high)}. Mark: accuracy of "
               f"always answering {answer}, "
               f"{percent(baseline)}.")
-    return Score(percent(evaluation.accuracy), f"of {count:,} test images are classified correctly", legend, evaluation.accuracy,
-                 low, high, baseline, poor=low <= baseline)
+    meaning = f"of {counted(count, 'test image')} {'is' if count == 1 else 'are'} classified correctly"
+    return Score(percent(evaluation.accuracy), meaning, legend, evaluation.accuracy, low, high, baseline, poor=low <= baseline)
 
 # %% ../../nbs/report/sections.ipynb #e17240e5
 def _overview(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
@@ -90,7 +91,7 @@ def _overview(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
 def _describe_images(results: RunResults) -> str:
     "Describe the images and the number of classes."
     height, width = height_and_width(results.run.config["data"]["image_size"])
-    return f"Images of {height}×{width} pixels in {len(results.data.class_names):,} classes."
+    return f"Images of {height}×{width} pixels in {counted(len(results.data.class_names), 'class', 'classes')}."
 
 # %% ../../nbs/report/sections.ipynb #a5efbf88
 def _effort(run: Run) -> list[tuple[str, str]]:
@@ -106,12 +107,13 @@ def _curves(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     if not history:
         raise InputError("no epoch has been finished yet")
     changes = {name: f"from {history[0][name]:.3f} to {history[-1][name]:.3f}" for name in history[0]}
-    text = "Training: averaged over the epoch, on augmented images, with the recipe's penalties. Test: after each epoch."
+    text = ("Training: averaged over the epoch, on augmented images; the loss includes the recipe's penalties, if it has any. "
+            "Test: after each epoch.")
     charts: list[Chart | Matrix] = []
     for quantity, factor, unit, form in (("accuracy", 100, "%", ".2f"), ("loss", 1, "nats", ".4f")):
         lines = {label: [factor * row[f"{split}_{quantity}"] for row in history] for split, label in (
             ("train", "training"), ("test", "test"))}
-        alt = (f"{quantity.capitalize()} over {len(history)} epochs: training {changes[f'train_{quantity}']}, "
+        alt = (f"{quantity.capitalize()} over {counted(len(history), 'epoch')}: training {changes[f'train_{quantity}']}, "
                f"test {changes[f'test_{quantity}']}.")
         charts.append(Chart(f"{quantity} [{unit}]", lines, range(1, len(history) + 1), alt, form))
     return Section("curves", "Loss and accuracy", text, wide=True, charts=charts, tables=[_epoch_table(history)])
@@ -130,9 +132,9 @@ def _confusion(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     evaluation = results.predictions
     wrong, names = evaluation.confusion.clone().fill_diagonal_(0), evaluation.class_names
     true, guess = divmod(int(wrong.argmax()), len(wrong))
-    often = f"{int(wrong[true, guess]):,} of {int(evaluation.confusion[true].sum()):,} times"
+    often = f"{int(wrong[true, guess]):,} of {counted(int(evaluation.confusion[true].sum()), 'time')}"
     text = f"The most common mistake: {names[true]} mistaken for {names[guess]}, {often}." if wrong.any() else "No mistakes."
-    alt = f"Confusion matrix of {len(names)} classes, {percent(evaluation.accuracy)} on the diagonal. {text}"
+    alt = f"Confusion matrix of {counted(len(names), 'class', 'classes')}, {percent(evaluation.accuracy)} on the diagonal. {text}"
     if len(names) <= MAX_MATRIX:
         return Section("confusion", "Confusion", f"{text} Rows are true classes, columns predicted ones.",
                        charts=[Matrix(names, evaluation.confusion.tolist(), alt)])
@@ -188,7 +190,7 @@ def _calibration(results: RunResults, pictures: Mapping[str, Picture]) -> Sectio
     rows = [(f"{100 * low:.0f} to {100 * high:.0f}\N{NO-BREAK SPACE}%", f"{images:,}", percent(sure), percent(share))
             for low, high, images, sure, share in calibration_table(evaluation)]
     error = 100 * evaluation.calibration_error
-    alt = f"Reliability diagram of {len(rows)} ranges of probability; expected calibration error {error:.1f} points."
+    alt = f"Reliability diagram of {counted(len(rows), 'range')} of probability; expected calibration error {error:.1f} points."
     text = (f"The predicted probability and the share of right answers differ by {error:.1f} points on average (expected "
             "calibration error). Below the dashed line, the network is overconfident.")
     return Section("calibration", "Calibration", text, plots=_show(pictures, "calibration", alt),
@@ -220,7 +222,8 @@ def _schedule(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     rates = results.run.steps["lr"]
     if "schedule" not in pictures:
         raise InputError("no step with a finite learning rate has been made yet")
-    alt = f"Learning rate over {len(rates):,} steps: from {rates[0]:.3g} up to {max(rates):.3g}, down to {rates[-1]:.3g}."
+    steps = counted(len(rates), "step")
+    alt = f"Learning rate over {steps}: from {rates[0]:.3g} up to {max(rates):.3g}, down to {rates[-1]:.3g}."
     text = "The learning rate of every step, and the momentum, which falls while the learning rate rises."
     return Section("schedule", "Schedule", text, plots=_show(pictures, "schedule", alt))
 
@@ -232,12 +235,15 @@ def _range_test(results: RunResults, pictures: Mapping[str, Picture]) -> Section
         raise InputError("the range test has no curve")
     suggestion = f"Suggestion: {test.suggestion:.3g}." if test.suggestion else f"No suggestion: {test.reason}."
     if test.doubt:
-        suggestion += f" Do not trust it: {test.doubt}."
+        suggestion += f" Do not trust it. {test.doubt[0].upper()}{test.doubt[1:]}."
     alt = f"Loss over learning rates from {test.lrs[0]:.3g} to {test.lrs[-1]:.3g}. {suggestion}"
-    text = "Before training: the loss of one step at each learning rate"
-    text += f", the final losses of {len(test.trials)} short training runs" if test.trials else ""
-    text += (f", and those of longer ones just below a rate at which the loss jumps. {suggestion}" if test.longer
-             else f". {suggestion}")
+    parts = ["the loss of one step at each learning rate"]
+    if test.trials:
+        parts.append(f"the final loss{'es' * (len(test.trials) > 1)} of {counted(len(test.trials), 'short training run')}")
+    if test.longer:
+        parts.append("the final losses of longer runs just below a rate at which the loss jumps")
+    *most, last = parts
+    text = f"Before training: {', '.join(most)}{',' * (len(most) > 1)}{' and ' * bool(most)}{last}. {suggestion}"
     return Section("range-test", "LR range test", text, plots=_show(pictures, "lr_find", alt))
 
 # %% ../../nbs/report/sections.ipynb #2fac797c
@@ -277,8 +283,8 @@ def _environment(results: RunResults, pictures: Mapping[str, Picture]) -> Sectio
 def _remake(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     "Show the commands and the code that repeat the run."
     run, images = results.run, results.run.config["data"]
-    text = (f"The data set is {images['name']}: {images['train']:,} training and {images['test']:,} test images. If it is a "
-            "folder, put its path after --data. The same seed gives the same weights on the same kind of machine.")
+    text = (f"The data set is {images['name']}: {images['train']:,} training and {counted(images['test'], 'test image')}. If it "
+            "is a folder, put its path after --data. The same seed gives the same weights on the same kind of machine.")
     given = run.config.get("notes", {}).get("command")
     code = [("The command as given", given), ("The full command", remake_command(run)),
             ("In Python", remake_python(run))]
@@ -302,9 +308,11 @@ def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     if not wrong:
         text = "No test image is misclassified. These are the least confident answers, with their probabilities."
         return Section("mistakes", "Least confident answers", text, gallery=gallery)
-    text = (f"{wrong:,} of {len(evaluation.labels):,} test images are misclassified. These are the {len(chosen)} most confident "
-            "mistakes: true class → predicted class and its probability.")
-    return Section("mistakes", "Most confident mistakes", text, gallery=gallery)
+    these = ("This is it" if wrong == 1 else "These are all mistakes, the most confident first" if wrong == len(chosen) else
+             f"These are the {len(chosen)} most confident mistakes")
+    text = (f"Misclassified: {wrong:,} of {counted(len(evaluation.labels), 'test image')}. {these}: true class → predicted class "
+            "and its probability.")
+    return Section("mistakes", "The only mistake" if wrong == 1 else "Most confident mistakes", text, gallery=gallery)
 
 # %% ../../nbs/report/sections.ipynb #3361ce9c
 _METHOD_TEXTS = {
@@ -318,7 +326,7 @@ _METHOD_TEXTS = {
 _VERDICT_TEXTS = {
     "believable": "masking the highlighted area hurts the prediction more than masking an equal area elsewhere",
     "misleading": "masking the highlighted area hurts the prediction less than masking an equal area elsewhere",
-    "unproven": "masking the highlighted area and masking an equal area elsewhere differ no more than by chance",
+    "unproven": "masking the highlighted area and masking an equal area elsewhere have effects too similar to tell apart",
     "empty": "the maps carry no information",
     "indifferent": "a network with shuffled weights gives the same maps"}
 
@@ -368,8 +376,8 @@ def _faithfulness_table(check: Faithfulness) -> Table:
     "List the numbers behind the verdict on a method."
     row = (check.layer, check.verdict, f"{check.gain:+.3f} ± {check.error:.3f}", f"{check.deletion:.2f}",
            f"{check.insertion:.2f}", f"{check.resemblance:+.2f}")
-    head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Similarity to shuffled weights"
-    return Table(head, [row], f"Can they be believed? Measured on {check.images} test images", folded=True)
+    head = "Layer", "Verdict", "Gain", "Deletion", "Insertion", "Similarity to maps of shuffled weights"
+    return Table(head, [row], f"Can they be believed? Measured on {counted(check.images, 'test image')}", folded=True)
 
 # %% ../../nbs/report/sections.ipynb #5666c3e9
 def _explanations(results: RunResults, pictures: Mapping[str, Picture], method: str) -> Section:
@@ -403,22 +411,23 @@ LAYOUT: tuple[tuple[str, _Maker, tuple[_Maker, ...]], ...] = (  # group, card, a
 SECTIONS: tuple[_Maker, ...] = tuple(make for _, card, panels in LAYOUT for make in (card, *panels))
 
 # %% ../../nbs/report/sections.ipynb #9b0ca54d
-def _attempt(make: _Maker, results: RunResults, pictures: Mapping[str, Picture], missing: list[str]) -> Section | None:
-    "Make a section; if the run lacks what it needs, add its name and the reason to `missing`."
+def _attempt(make: _Maker, results: RunResults, pictures: Mapping[str, Picture], missing: dict[str, list[str]]) -> Section | None:
+    "Make a section; if the run lacks what it needs, add its name to `missing` under the reason."
     try:
         return make(results, pictures)
     except InputError as error:
         folder = results.run.need_folder()
-        reason = str(error).replace(str(folder), folder.name).partition(": ")[0]
-        name = make.keywords["method"] if isinstance(make, partial) else make.__name__.strip("_")
-        missing.append(f"{name.replace('_', ' ')} ({reason})")
+        reason = str(error).replace(str(folder), folder.name)
+        reason = re.split(": |; ", reason.partition(" cannot explain this model: ")[2] or reason)[0]
+        name = METHOD_NAMES[make.keywords["method"]] if isinstance(make, partial) else make.__name__.strip("_").replace("_", " ")
+        missing.setdefault(reason, []).append("plain attention" if name == "attention" else name)
         return None
 
 # %% ../../nbs/report/sections.ipynb #656c294a
-def _make_sections(results: RunResults, pictures: Mapping[str, Picture]) -> tuple[list[Section], list[str]]:
-    "Make every card for which the run has what it needs; return them, and name and reason of the others."
+def _make_sections(results: RunResults, pictures: Mapping[str, Picture]) -> tuple[list[Section], dict[str, list[str]]]:
+    "Make every card for which the run has what it needs; return the cards, and for each reason the names of those left out."
     cards: list[Section] = []
-    missing: list[str] = []
+    missing: dict[str, list[str]] = {}
     for group, make, makers in LAYOUT:
         card = _attempt(make, results, pictures, missing)
         if card is None:
@@ -454,7 +463,8 @@ def make_report(
     try:
         sections, missing = _make_sections(results, save_figures(results))
         footer = f"Made by attn_cifar {run.config['machine'].get('attn_cifar', '')} from the run folder {folder.name}."
-        footer += f" Left out: {'; '.join(missing)}." if missing else ""
+        left_out = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in missing.items())
+        footer += f" Left out: {left_out}." if missing else ""
         title = f"{run.config['model']} on {run.config['data']['name']}"
         if measured := results.measured:
             write_faithfulness(folder, measured)

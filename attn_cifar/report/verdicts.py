@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..core import counted
 from ..lr_finder.curve import LRRangeTest
 from .page import percent
 from ..training.evaluation import Evaluation, class_table, wilson_interval
@@ -32,7 +33,7 @@ def accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
 
 # %% ../../nbs/report/verdicts.ipynb #a49e4df7
 def _learned(evaluation: Evaluation) -> bool:
-    "Return True if the accuracy is above that of always answering the most common class, and not by chance."
+    "Return True if the accuracy is above that of always answering the most common class, by more than chance."
     return accuracy_interval(evaluation)[0] > most_common(evaluation)[1]
 
 # %% ../../nbs/report/verdicts.ipynb #aa6a5d65
@@ -55,7 +56,8 @@ def _judge_gap(
     where = f"{100 * abs(gap):.1f} points {'above' if gap > 0 else 'below'} the test accuracy"
     verdict = ("it knows its training images better than new ones" if gap > 0.05
                else "it has not learned its training images yet" if not learned
-               else "no sign of overfitting" if gap > -0.02 else "no sign of overfitting, as augmented images are harder")
+               else "no sign of overfitting" if gap > -0.02
+               else "no sign of overfitting; augmented images are harder, which explains the difference")
     return f"on augmented training images, {where}: {verdict}."
 
 # %% ../../nbs/report/verdicts.ipynb #a3556861
@@ -70,7 +72,7 @@ def _judge_progress(losses: Sequence[float]) -> str:
         first = next(index for index, loss in enumerate(losses) if not math.isfinite(loss))
         return f"test loss, NaN or infinite since epoch {first + 1}: the training diverged, so try a smaller max_lr."
     if len(losses) == 1:
-        return "test loss after a single epoch, too few to see a trend."
+        return "test loss after one epoch: a trend takes at least two."
     best = int(np.nanargmin(losses))
     if losses[best] < losses[-1]:
         higher = f"{percent(losses[-1] / losses[best] - 1)} higher" if losses[best] > 0 else "higher"
@@ -89,8 +91,8 @@ def _judge_certainty(excess: float) -> str:
 def _judge_weakest(evaluation: Evaluation) -> tuple[str, str]:
     "Return the accuracy of the class recognized least often, and a sentence that names it."
     name, count, share, mistaken = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])
-    images = f"{count:,} image{'s' if count > 1 else ''} of {name}"
-    return percent(share), f"of {images}" + (f", most often mistaken for {mistaken}." if mistaken else ".")
+    images = f"only image of {name} is" if count == 1 else f"{count:,} images of {name} are"
+    return percent(share), f"of the {images} recognized" + (f"; most often mistaken for {mistaken}." if mistaken else ".")
 
 # %% ../../nbs/report/verdicts.ipynb #19cada11
 def undefined_outputs(evaluation: Evaluation) -> int:
@@ -116,9 +118,9 @@ def _advise(
     if more:
         return "More epochs,", f"for example {2 * epochs} instead of {epochs}: resume this run, or start again."
     if gap > 0.05:
-        return "More images,", "or a stronger augmentation: the network knows its training images better than new ones."
+        return "More images,", "or stronger augmentation: the network knows its training images better than new ones."
     weakest = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])[0]
-    return "A larger network,", f"one of those that attn-cifar models lists, or more images, especially of {weakest}."
+    return "A larger network", f"(attn-cifar models prints a list), or more images, especially of {weakest}."
 
 # %% ../../nbs/report/verdicts.ipynb #5662fe6e
 def verdicts(
@@ -130,8 +132,8 @@ def verdicts(
     right, undefined = evaluation.accuracy, undefined_outputs(evaluation)
     progress = "Progress", f"{losses[-1]:.3g}", _judge_progress(losses)
     if undefined:
-        lines = [("Accuracy", "–", f"unknown: the outputs for {undefined:,} of {len(evaluation.labels):,} test images are NaN or "
-                                   "infinite."), progress]
+        lines = [("Accuracy", "–", f"unknown: the outputs for {undefined:,} of "
+                                   f"{counted(len(evaluation.labels), 'test image')} are NaN or infinite."), progress]
     else:
         confident = evaluation.probabilities.amax(1).double().mean().item()
         lines = [

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.images import ImageData
 from ..data.sources import load_data
 from ..lr_finder.finder import fit_with_suggestion
@@ -37,7 +37,7 @@ def split_classes(
         members = generator.permutation(np.flatnonzero(labels == label))
         held_out = len(members) // 5
         if not 0 < (per_class or 1) <= len(members) - held_out or not held_out:
-            raise InputError(f"{data.class_names[label]} has only {len(members)} images")
+            raise InputError(f"{data.class_names[label]} has only {counted(len(members), 'image')}")
         test += members[:held_out].tolist()
         train += members[held_out:][:per_class].tolist()
     pixels = images[train].reshape(-1, 3) / 255.0

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.batches import Batches
 from ..data.images import ImageData
 from ..files import read_tensors, write_tensors
@@ -71,7 +71,7 @@ def _wrong_evaluation(logits: Any, labels: Any, class_names: Any) -> str:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1 or not len(labels):
         return "its labels are not whole numbers"
     if not isinstance(logits, Tensor) or logits.dtype != torch.float32 or logits.shape != (len(labels), len(class_names)):
-        return f"its logits are not float32 numbers for {len(labels)} images and {len(class_names)} classes"
+        return f"its logits are not float32 numbers of shape ({len(labels)}, {len(class_names)})"
     if labels.min() < 0 or labels.max() >= len(class_names):
         return f"its labels are not in 0..{len(class_names) - 1}"
     return "" if logits.isfinite().all() else "its logits are not finite"
@@ -85,7 +85,7 @@ class Evaluation:
     class_names: tuple[str, ...]
 
     def __repr__(self) -> str:
-        return f"Evaluation({len(self.labels):,} images: accuracy {self.accuracy:.2%}, loss {self.loss:.4f})"
+        return f"Evaluation({counted(len(self.labels), 'image')}: accuracy {self.accuracy:.2%}, loss {self.loss:.4f})"
 
     @cached_property
     def probabilities(self) -> Tensor:  # float32 (N, C)
@@ -141,7 +141,7 @@ class Evaluation:
     def save(
         self,
         path: str | os.PathLike,
-        below: str | os.PathLike | None = None,  # a run folder; links must not lead out of it
+        below: str | os.PathLike | None = None,  # a folder that the file must stay in, even if the path contains symbolic links
     ) -> None:
         "Write to a safetensors file."
         write_tensors(path, {"logits": self.logits, "labels": self.labels, "class_names": self.class_names}, below)
@@ -208,7 +208,8 @@ def _class_scores(output: Any, images: int) -> Tensor:
     if images == 1 and logits.ndim == 1:  # squeezed by the network
         logits = logits[None]
     if logits.ndim != 2 or len(logits) != images:
-        raise InputError(f"the model turns {images} images into {tuple(logits.shape)}, not into one logit per class and image")
+        raise InputError(f"the model turns {counted(images, 'image')} into {tuple(logits.shape)}, not into one logit per "
+                         "class and image")
     return logits
 
 

@@ -38,9 +38,9 @@ class Recipe:
     optimizer: str = "adamw"  # "muon", "adamw", "adam" or "sgd" (Nesterov momentum 0.9)
     max_lr: float = 0.003  # learning rate at the peak of the schedule
     weight_decay: float = 0.01  # shrinks all weights (AdamW, Muon), or adds their squares to the loss (the others)
-    l1_factor: float = 0.0  # times the sum over parameter tensors of mean |w|, added to the loss
-    label_smoothing: float = 0.0  # share of the target spread over all classes
-    pct_start: float = 0.3  # share of the steps spent rising to max_lr
+    l1_factor: float = 0.0  # weight of the L1 penalty, the sum over parameter tensors of mean |w|
+    label_smoothing: float = 0.0  # share of the target probability that is spread over all classes
+    pct_start: float = 0.3  # share of the steps in which the rate rises to max_lr
     div_factor: float = 25.0  # first learning rate = max_lr / div_factor
     final_div_factor: float = 1e4  # last learning rate = first / final_div_factor
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotate=0.0, cutout=0, flip_prob=0.5))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from ..core import InputError
+from ..core import InputError, counted
 from ..data.augmentation import NO_AUGMENTATION, Augmentation
 from ..data.batches import Batches
 from ..data.images import ImageData, unnormalize
@@ -69,7 +69,7 @@ def plot_images(
     seed: int = 0,  # of the choice of images and of their augmentation
     ax: "Axes | None" = None,  # None: a new one
 ) -> "Axes":
-    "Show training images as the network gets them, one row of `per_class` for each class (at most 20 classes)."
+    "Show training images as the network gets them, one row of `per_class` images per class (at most 20 classes)."
     if per_class < 1:
         raise InputError(f"per_class must be 1 or more, got {per_class}")
     labels, count = np.asarray(data.train_labels), min(len(data.class_names), MAX_ROWS)
@@ -98,7 +98,7 @@ def _hide_frame(ax: "Axes") -> None:
     ax.spines[:].set_visible(False)
 
 # %% ../../nbs/08_visualization.ipynb #1058cba3
-_MOST = 1e30  # larger values, like NaN, are gaps: matplotlib has no axis for them
+_MOST = 1e30  # larger values become gaps, as NaN does: matplotlib has no axis for them
 
 
 def _drawable(values: Any) -> np.ndarray:  # float, of any shape
@@ -290,7 +290,7 @@ def _write_shares(
 # %% ../../nbs/08_visualization.ipynb #dab6118d
 @styled
 def plot_confusion(
-    evaluation: Evaluation,  # its confusion (C, C), rows true, and class_names
+    evaluation: Evaluation,  # only its `confusion` and `class_names` are used
     ax: "Axes | None" = None,  # None: a new one, larger for many classes
 ) -> "Axes":
     "Plot the confusion matrix in percent of each true class."
@@ -350,7 +350,7 @@ def plot_confused(
     pairs: int = 10,  # bars, 1 or more
     ax: "Axes | None" = None,  # None: a new one
 ) -> "Axes":
-    "Plot how often the most confused pairs are confused."
+    "Plot the most confused pairs of classes with their counts."
     rows = confused_table(evaluation, pairs)
     ax = ax or new_axes(1.2 + 0.26 * max(len(rows), 1))
     place = np.arange(len(rows))[::-1]
@@ -373,12 +373,12 @@ def plot_misclassified(
     n: int = 20,  # images, 1 or more
     fig: "Figure | SubFigure | None" = None,  # None: a new one
 ) -> "Figure | Any":  # a SubFigure if one was given
-    "Show the `n` most confident mistakes, each with its true class, the predicted one and its probability."
+    "Show the `n` most confident mistakes, each with the true class, the predicted class and its probability."
     if n < 1:
         raise InputError(f"n must be 1 or more, got {n}")
     if len(evaluation.labels) != len(data.test_labels):
-        counts = f"{len(evaluation.labels)} images, the data has {len(data.test_labels)}"
-        raise InputError(f"this is not the evaluation of these test images: it is of {counts}")
+        counts = f"{counted(len(evaluation.labels), 'image')}, but the data has {counted(len(data.test_labels), 'test image')}"
+        raise InputError(f"the evaluation belongs to other images: it covers {counts}")
     chosen = [int(index) for index in evaluation.misclassified[:n]]
     columns = 4 if len(chosen) > 4 else max(len(chosen), 1)
     rows = -(-max(len(chosen), 1) // columns)
@@ -481,7 +481,7 @@ def label_row(
     ax: "Axes",  # the first of a row of pictures
     *lines: str,  # long ones are wrapped
 ) -> None:
-    "Name a row of pictures, horizontally beside it: rotated names would run into those of the next row."
+    "Write the name of a row of pictures horizontally to its left; rotated names would overlap those of the next row."
     text = "\n".join(part for line in lines for part in textwrap.wrap(line, 18))
     ax.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
 
@@ -518,12 +518,12 @@ def plot_explanations(
     images: torch.Tensor,  # the images explained, float (B, 3, H, W), normalized
     data: _Preprocessed,  # an `ImageData`, or anything else with mean, std and class_names
     labels: Sequence[int] | torch.Tensor | None = None,  # true classes (B,), if known
-    max_layers: int = 4,  # rows: this many of the last explanations
-    max_images: int = 5,  # columns: this many of the first images
-    verdicts: Sequence[str] | None = None,  # a word for each explanation, from `check_explanations`
+    max_layers: int = 4,  # number of rows: the last explanations
+    max_images: int = 5,  # number of columns: the first images
+    verdicts: Sequence[str] | None = None,  # one word per explanation, from `check_explanations`
     fig: "Figure | SubFigure | None" = None,  # None: a new one
 ) -> "Figure | Any":  # a SubFigure if one was given
-    "Lay explanations over the images: a row for each layer under the images themselves."
+    "Lay explanations over the images: the images themselves in the first row, then one row per layer."
     explanations, words = list(explanations)[-max_layers:], list(verdicts or [])[-max_layers:]
     if not explanations:
         raise InputError("there is no explanation to draw")
