@@ -53,7 +53,7 @@ def check_output(model: nn.Module, data: ImageData) -> None:
 
 
 def _output_shape(model: nn.Module, data: ImageData, images: int, training: bool) -> tuple[int, ...]:
-    "Return the shape of the logits for a number of black images; it may change the model. Raises `InputError`."
+    "Return the shape of the logits of this many black images; the pass may change the model. Raises `InputError`."
     height, width = data.train_images.shape[1:3]
     like = next(model.parameters(), torch.zeros(()))
     batch = torch.zeros(images, 3, height, width, device=like.device, dtype=weights_dtype(model))
@@ -76,11 +76,11 @@ def leaves_out_last_batch(
     model: nn.Module,
     data: ImageData,
     batch_size: int,
-    processes: int = 1,  # that share each batch
+    processes: int = 1,  # number of processes that share each batch
 ) -> bool:
     """Report whether the last batch gives a process one image and the network cannot train on it.
 
-    Raises `InputError` if every batch does.
+    Raises `InputError` if every batch gives a process one image.
     """
     images = len(data.train_labels)
     rest = images % batch_size
@@ -127,7 +127,7 @@ class Trainer:
         self.batch_loss = BatchLoss(model, recipe, engine, share)
 
     def plan_longer(self, done: int) -> int:
-        "Make a new schedule if more steps remain than the present one has left; return their number, or 0."
+        "If more steps remain than the schedule covers, make a new one for them and return their number; otherwise return 0."
         left = self.recipe.epochs * len(self.batches) - done
         if left <= self.scheduler.total_steps - self.scheduler.last_epoch:
             return 0
@@ -147,7 +147,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
             loss = loss.detach()
         else:
-            self.scaler.scale(self.totals.losses.new_zeros(()))  # creates its scale if this is its first step
+            self.scaler.scale(self.totals.losses.new_zeros(()))  # creates the scaler's scale if this is the first step
         if self.processes.count > 1:
             self.processes.add(all_gradients(self.optimizer))
         self.scaler.step(self.optimizer)
@@ -184,7 +184,7 @@ class Checkpoints:
         self,
         run: Run,
         trainer: Trainer,
-        seconds: float | None = None,  # between checkpoints inside an epoch; None: so that they cost at most 1 %
+        seconds: float | None = None,  # between checkpoints inside an epoch; None: chosen to cost at most 1 %
     ):
         self.run, self.trainer, self.pace = run, trainer, CheckpointPace(seconds)
         self.path = None if run.folder is None else run.folder / CHECKPOINT
