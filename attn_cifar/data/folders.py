@@ -37,11 +37,15 @@ _SYSTEM = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume info
            "desktop.ini"}
 
 
+def _is_visible(entry: os.DirEntry) -> bool:
+    "Return whether an entry is neither hidden nor one of operating systems."
+    return not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM
+
+
 def _visible(folder: str) -> list[os.DirEntry]:
     "Return what a folder contains, sorted by name, without hidden entries and those of operating systems."
     with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM),
-                      key=lambda entry: entry.name)
+        return sorted(filter(_is_visible, entries), key=lambda entry: entry.name)
 
 
 def _is(kind: str, entry: os.DirEntry, links: bool = True) -> bool:
@@ -110,7 +114,9 @@ def _images_below(
     "List the images in a folder and the folders below it."
     paths = []
     for entry in _visible(folder):
-        if _is("folder", entry, links=False):
+        if _is("file", entry, links=False) and _is_image(entry):  # nearly all entries, so it is asked first
+            paths.append(entry.path)
+        elif _is("folder", entry, links=False):
             paths += _images_below(entry.path, left_out)
         elif _is("folder", entry):
             left_out["links to folders"] += 1
@@ -156,8 +162,9 @@ def _role(name: str) -> str | None:  # "train", "test", "val", or None for a cla
 # %% ../../nbs/data/folders.ipynb #aa3ef3d8
 def _has_image(folder: str) -> bool:
     "Return whether there is an image in a folder or below it."
-    return any(_has_image(entry.path) if _is("folder", entry, links=False) else _is("file", entry) and _is_image(entry)
-               for entry in _visible(folder))
+    with os.scandir(folder) as entries:  # in no order: the first image ends the search
+        return any(_has_image(entry.path) if _is("folder", entry, links=False) else _is("file", entry) and _is_image(entry)
+                   for entry in entries if _is_visible(entry))
 
 
 def _subfolders(folder: str) -> list[os.DirEntry]:
@@ -549,9 +556,10 @@ def _folder_key(root: Path, listing: _Listing, size: int, skip_bad: bool) -> str
     digest = hashlib.sha256(os.fsencode(f"v3 {root.resolve()} {size} {skip_bad} {listing.test is None}"))
     for kind, files in (("train", listing.train), ("test", listing.test or {})):
         for name, paths in files.items():
-            for path in paths:
-                stat = os.stat(path)
-                digest.update(os.fsencode(f"{kind} {name} {path[len(str(root)):]} {stat.st_size} {stat.st_mtime_ns}\n"))
+            below, stats = len(str(root)), map(os.stat, paths)
+            lines = [f"{kind} {name} {path[below:]} {stat.st_size} {stat.st_mtime_ns}\n"
+                     for path, stat in zip(paths, stats, strict=True)]
+            digest.update(os.fsencode("".join(lines)))
     return f"folder-{digest.hexdigest()[:32]}"
 
 # %% ../../nbs/data/folders.ipynb #a95c20db

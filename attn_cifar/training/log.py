@@ -13,6 +13,7 @@ import shutil
 import threading
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,22 +99,28 @@ class RunLogger:
     "TensorBoard, CSV, weight and evaluation files of a run, all derived from what the checkpoint contains."
 
     def __init__(self, run: Run, data: ImageData, batches: Batches):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.run, self.data, self.steps, self.epochs, self.with_graph = run, data, 0, 0, False
+        self.run, self.data, self.batches, self.steps, self.epochs = run, data, batches, 0, 0
         self.folder, self.model = run.need_folder(), run.need_model()
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # a resumed run writes all its points again
         own_folder(self.folder / "tensorboard", self.folder)
         self.threads_report, threading.excepthook = threading.excepthook, self._report_thread
         try:
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-            self.writer.add_images("Train-Images", self._pictures(batches))
             self._write_tables()
         except BaseException:
             threading.excepthook = self.threads_report
             raise
 
-    def _add_graph(self) -> None:
+    @cached_property
+    def writer(self) -> Any:
+        "TensorBoard's writer, opened with the first points: importing it and tracing the network take a second."
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.folder / "tensorboard"))
+        writer.add_images("Train-Images", self._pictures())
+        self._add_graph(writer)
+        return writer
+
+    def _add_graph(self, writer: Any) -> None:
         "Add the network's graph if it can be copied and traced: it is a picture, and never stops a run."
         size, like = self.data.train_images.shape[1:3], next(self.model.parameters())
         printed, random = io.StringIO(), RandomState().state_dict()
@@ -121,7 +128,7 @@ class RunLogger:
             with warnings.catch_warnings(), redirect_stdout(printed), redirect_stderr(printed):  # the tracer warns and prints
                 warnings.simplefilter("ignore")
                 model = _GraphOnly(copy.deepcopy(self.model).eval())  # tracing would touch the batch statistics
-                self.writer.add_graph(model, torch.zeros(1, 3, *size, device=like.device, dtype=weights_dtype(self.model)))
+                writer.add_graph(model, torch.zeros(1, 3, *size, device=like.device, dtype=weights_dtype(self.model)))
         except Exception as error:  # of any kind, from the network or the tracer
             _log.info("TensorBoard shows no graph of the network (%s)", str(error).splitlines()[:1])
         finally:
@@ -132,16 +139,17 @@ class RunLogger:
         if type(failure.thread).__module__.split(".")[0] != "tensorboard":
             self.threads_report(failure)
 
-    def _pictures(self, batches: Batches) -> Tensor:
+    def _pictures(self) -> Tensor:
         "Return 32 augmented training images of all classes for display, without moving the loader."
-        shown = Batches.train(self.data.subset(32, 1), 32, batches.augmentation, batches.seed)
+        shown = Batches.train(self.data.subset(32, 1), 32, self.batches.augmentation, self.batches.seed)
         return unnormalize(next(iter(shown))[0], self.data.mean, self.data.std)
 
     def _write_tables(self) -> None:
         "Add new points to TensorBoard, and write the CSV files."
-        self._add_scalars()
-        self.writer.flush()
         run = self.run
+        if run.history[self.epochs:] or run.steps["loss"][self.steps:]:
+            self._add_scalars()
+            self.writer.flush()
         write_csv(self.folder / "metrics.csv", [{key: row[key] for key in row if key != "seconds"} for row in run.history],
                   self.folder)
         write_csv(self.folder / "timing.csv", [{"seconds": row["seconds"]} for row in run.history], self.folder)  # never the same
@@ -160,10 +168,7 @@ class RunLogger:
         self.steps, self.epochs = len(run.steps["loss"]), len(run.history)
 
     def write(self) -> None:
-        "Write everything that can be read without the checkpoint; at the first call also the graph, which takes a second."
-        if not self.with_graph:
-            self.with_graph = True
-            self._add_graph()
+        "Write everything that can be read without the checkpoint."
         self._write_tables()
         write_tensors(self.folder / "model.safetensors", self.model.state_dict(), self.folder)
         self.run.need_evaluation().save(self.folder / "evaluation.safetensors", self.folder)
@@ -175,6 +180,7 @@ class RunLogger:
                 wrong = self.run.evaluation.misclassified[:32]
                 self.writer.add_images("Test-Misclassified_Imgs", torch.as_tensor(self.data.test_images[wrong.numpy()]),
                                        len(self.run.history), dataformats="NHWC")
-            self.writer.close()
+            if "writer" in vars(self):
+                self.writer.close()
         finally:
             threading.excepthook = self.threads_report
