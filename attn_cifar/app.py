@@ -63,7 +63,7 @@ _METHODS = {"grad_cam": "Grad-CAM", "attention_rollout": "attention rollout", "g
 _VERDICTS = {"believable": "hiding the bright area of such maps hurts the answer more than hiding another one",
              "misleading": "hiding the bright area of such maps hurts the answer less than hiding another one: do not trust it",
              "indifferent": "a network with shuffled weights gives the same maps: do not trust it",
-             "unproven": "hiding the bright area of such maps and hiding another one have effects too similar to tell apart",
+             "unproven": "hiding the bright area of such maps and hiding another one differ too little for a verdict",
              "empty": "such maps are mostly empty for this network"}
 
 

@@ -101,8 +101,8 @@ def _check_channels(values: Any, name: str, least: float) -> tuple[float, float,
     "Return three numbers in `least` .. 1. Raises `InputError`."
     numbers = _as_array(values, name)
     if numbers.shape != (3,) or numbers.dtype.kind not in "fiu" or not ((least <= numbers) & (numbers <= 1)).all():
-        raise InputError(f"{name} needs three numbers, one per channel, measured on pixels in 0..1"
-                         f"{', and above 0' * (least > 0)}; not {values}")
+        limits = "above 0 and at most 1" if least > 0 else "from 0 to 1"
+        raise InputError(f"{name} needs three numbers {limits}, one per channel (measured on pixels in 0..1), not {values}")
     red, green, blue = numbers.tolist()
     return float(red), float(green), float(blue)
 

@@ -60,10 +60,9 @@ def _show(pictures: Mapping[str, Picture], name: str, alt: str) -> list[Picture]
 def _score(evaluation: Evaluation) -> Score:
     "Return the accuracy with its interval, beside that of always answering the most common class."
     (name, baseline), (low, high), count = most_common(evaluation), accuracy_interval(evaluation), len(evaluation.labels)
-    answer = f"{name}, the most common class" if name else "the most common class"
+    answer = f"always answering {name}, the most common class" if name else "always giving the same answer"
     legend = (f"Line: 95\N{NO-BREAK SPACE}% interval, {percent(low)} to {percent(high)}. Mark: accuracy of "
-              f"always answering {answer}, "
-              f"{percent(baseline)}.")
+              f"{answer}, {percent(baseline)}.")
     meaning = f"of {counted(count, 'test image')} {'is' if count == 1 else 'are'} classified correctly"
     return Score(percent(evaluation.accuracy), meaning, legend, evaluation.accuracy, low, high, baseline, poor=low <= baseline)
 
@@ -308,7 +307,7 @@ def _mistakes(results: RunResults, pictures: Mapping[str, Picture]) -> Section:
     if not wrong:
         text = "No test image is misclassified. These are the least confident answers, with their probabilities."
         return Section("mistakes", "Least confident answers", text, gallery=gallery)
-    these = ("This is it" if wrong == 1 else "These are all mistakes, the most confident first" if wrong == len(chosen) else
+    these = ("This is it" if wrong == 1 else "All of them are shown, the most confident first" if wrong == len(chosen) else
              f"These are the {len(chosen)} most confident mistakes")
     text = (f"Misclassified: {wrong:,} of {counted(len(evaluation.labels), 'test image')}. {these}: true class → predicted class "
             "and its probability.")
@@ -326,7 +325,8 @@ _METHOD_TEXTS = {
 _VERDICT_TEXTS = {
     "believable": "masking the highlighted area hurts the prediction more than masking an equal area elsewhere",
     "misleading": "masking the highlighted area hurts the prediction less than masking an equal area elsewhere",
-    "unproven": "masking the highlighted area and masking an equal area elsewhere have effects too similar to tell apart",
+    "unproven": "masking the highlighted area and masking an equal area elsewhere differ too little, or too uncertainly, "
+                "for a verdict",
     "empty": "the maps carry no information",
     "indifferent": "a network with shuffled weights gives the same maps"}
 

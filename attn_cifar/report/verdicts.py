@@ -42,8 +42,8 @@ def _judge_accuracy(evaluation: Evaluation) -> str:
     (name, share), (low, high) = most_common(evaluation), accuracy_interval(evaluation)
     verdict = f"{100 * (evaluation.accuracy - share):.1f} points more than" if low > share else \
         f"{100 * (share - evaluation.accuracy):.1f} points less than" if high < share else "not distinguishable from"
-    answer = f"{name}, the most common class" if name else "the most common class"
-    return f"{verdict} always answering {answer} ({percent(share)}); 95 % interval {percent(low)} to {percent(high)}."
+    answer = f"always answering {name}, the most common class" if name else "always giving the same answer"
+    return f"{verdict} {answer} ({percent(share)}); 95 % interval {percent(low)} to {percent(high)}."
 
 # %% ../../nbs/report/verdicts.ipynb #383a58dc
 def _judge_gap(
@@ -54,8 +54,8 @@ def _judge_gap(
     if not math.isfinite(gap):
         return "on the training images: not a number."
     where = f"{100 * abs(gap):.1f} points {'above' if gap > 0 else 'below'} the test accuracy"
-    verdict = ("it knows its training images better than new ones" if gap > 0.05
-               else "it has not learned its training images yet" if not learned
+    verdict = ("the network knows its training images better than new ones" if gap > 0.05
+               else "the network has not learned its training images yet" if not learned
                else "no sign of overfitting" if gap > -0.02
                else "no sign of overfitting; augmented images are harder, which explains the difference")
     return f"on augmented training images, {where}: {verdict}."

@@ -103,7 +103,7 @@ def data_digests(data: ImageData) -> dict[str, str]:
         pixels.update(str(shape).encode())
         every = -(-math.prod(shape) // _DIGESTED) or 1
         for start in range(0, len(images), 1024 * every):
-            pixels.update(np.ascontiguousarray(images[start:start + 1024 * every:every]))
+            pixels.update(np.ascontiguousarray(images[start:start + 1024 * every:every]).reshape(-1).data)
     return {"labels": labels.hexdigest(), "pixels": pixels.hexdigest()}
 
 
