@@ -105,7 +105,7 @@ def read_photographs(
     classifier: Classifier,
     paths: Sequence[str | os.PathLike],  # image files, one or more
 ) -> Tensor:  # float32 (B, 3, S, S), normalized; S is at least the classifier's image size
-    "Read the squares that the network sees at a higher resolution, up to 384×384 pixels. Raises `InputError`."
+    "Read the squares that the network sees, but at a higher resolution: up to 384×384 pixels. Raises `InputError`."
     sides = [min(read_size(path)) for path in paths]
     size = max(classifier.image_size, min(MAX_PHOTOGRAPH, max(sides)))
     pixels = np.stack([read_image(path, size) for path in paths])

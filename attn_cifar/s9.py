@@ -479,7 +479,7 @@ class LRRangeFinder:
         _save(plot_lr_find(found).figure, _image_file(self.img_save_path, "LRRange_Test.jpg"))
         if found.suggestion is not None:
             return found.suggestion
-        print(f"the learning rate of the lowest loss is returned: {found.reason}")
+        print(f"no suggestion ({found.reason}); the learning rate of the lowest loss is returned instead")
         return self.lr[int(np.nanargmin(self.loss))]
 
 # %% ../nbs/10_s9.ipynb #0308809e

@@ -382,7 +382,7 @@ def explain_planned(
     targets: Tensor | None,  # int64 (B,)
     plan: Plan,
 ) -> list[Explanation]:
-    "Explain images by the methods and layers of a plan, inside `undisturbed`."
+    "Explain images by the methods and layers of a plan. Call it inside `undisturbed`."
     portions = [_explain_portion(model, images[i : i + PORTION], None if targets is None else targets[i : i + PORTION], plan)
                 for i in range(0, len(images), PORTION)]
     return [_concatenate(parts) for parts in zip(*portions, strict=True)]
@@ -399,9 +399,9 @@ def explain(
 ) -> list[Explanation]:
     """Explain the predictions of `model` for `images`: one `Explanation` per method and layer, each with one map per image.
 
-    The model may be compiled, frozen or in training mode, and is left unchanged. A layer is explained only if changing one patch
-    of the image changes its output where the map places the patch. Raises `InputError` for unknown methods, layers or targets,
-    and if no method can explain the model. Example:
+    The model may be compiled, frozen or in training mode, and is left unchanged. A layer is explained only if a change
+    to one image patch changes the layer's output at the position of that patch. Raises `InputError` for unknown
+    methods, layers or targets, and if no method can explain the model. Example:
 
         explanations = explain(model, images, methods="grad_cam")
         heat = explanations[-1].upsampled(32)  # (B, 32, 32) in 0..1

@@ -238,5 +238,6 @@ def read_curve(
     if lowest == end - 1 == len(losses) - 1:
         doubt = f"the loss was still falling at {minimum:.2g}, where the sweep ended: choose a larger end_lr"
     if guessing is not None and smoothed[lowest] > guessing - 3 * noise:
-        doubt = f"the loss fell to {smoothed[lowest]:.3g}, and guessing reaches {guessing:.3g}: no evidence of learning"
+        doubt = (f"the loss fell only to {smoothed[lowest]:.3g}, not clearly below the {guessing:.3g} of guessing: no evidence "
+                 "of learning")
     return replace(result, suggestion=minimum / 10, points={**points, **result.points}, doubt=doubt)

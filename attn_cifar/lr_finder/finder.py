@@ -86,7 +86,7 @@ class Sweep:
 
     @property
     def plain(self) -> bool:
-        "True if the metric is the training loss, which trials can continue."
+        "True if the metric is the training loss; only then can trials follow the sweep."
         return self.metric == "loss" and self.valid is None
 
 # %% ../../nbs/06_lr_finder.ipynb #1d1069d0

@@ -240,7 +240,7 @@ def _range_test(results: RunResults, pictures: Mapping[str, Picture]) -> Section
     if test.trials:
         parts.append(f"the final loss{'es' * (len(test.trials) > 1)} of {counted(len(test.trials), 'short training run')}")
     if test.longer:
-        parts.append("the final losses of longer runs just below a rate at which the loss jumps")
+        parts.append("the final losses of two longer runs, at rates below the one at which the loss jumps")
     *most, last = parts
     text = f"Before training: {', '.join(most)}{',' * (len(most) > 1)}{' and ' * bool(most)}{last}. {suggestion}"
     return Section("range-test", "LR range test", text, plots=_show(pictures, "lr_find", alt))

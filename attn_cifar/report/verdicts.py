@@ -57,7 +57,7 @@ def _judge_gap(
     verdict = ("the network knows its training images better than new ones" if gap > 0.05
                else "the network has not learned its training images yet" if not learned
                else "no sign of overfitting" if gap > -0.02
-               else "no sign of overfitting; augmented images are harder, which explains the difference")
+               else "no sign of overfitting; augmented images are harder, and the network still improved during the epoch")
     return f"on augmented training images, {where}: {verdict}."
 
 # %% ../../nbs/report/verdicts.ipynb #a3556861
