@@ -347,8 +347,8 @@ def _check_scores(found: Probe, multi_label: bool) -> int:
     scores, _ = class_scores(found.output, multi_label)
     if found.squashed is not None and _find_logits(found.output) is found.squashed:
         raise InputError(
-            "the model returns probabilities, from a softmax or sigmoid: explain the model without its last step, which "
-                         "returns logits")
+            "the model returns probabilities, from a softmax or sigmoid: leave out this last step, so that the "
+            "model returns logits")
     return scores.shape[1]
 
 
