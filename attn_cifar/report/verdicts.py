@@ -120,7 +120,7 @@ def _advise(
     if gap > 0.05:
         return "More images,", "or stronger augmentation: the network knows its training images better than new ones."
     weakest = min((row for row in class_table(evaluation) if row[1]), key=lambda row: row[2])[0]
-    return "A larger network", f"(attn-cifar models prints a list), or more images, especially of {weakest}."
+    return "A larger network", f"(for a list, run: attn-cifar models), or more images, especially of {weakest}."
 
 # %% ../../nbs/report/verdicts.ipynb #5662fe6e
 def verdicts(

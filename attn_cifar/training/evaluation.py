@@ -50,8 +50,8 @@ def confusion_matrix(
 def calibration_bins(
     confidence: Tensor,  # float64 (N,): probability of the predicted class
     correct: Tensor,  # float64 (N,): 1 if the prediction is right
-) -> Tensor:
-    "Return images, mean confidence and share correct in 15 equal ranges of the confidence: float64 (15, 3)."
+) -> Tensor:  # float64 (15, 3)
+    "Return the number of images, their mean confidence and the share correct in 15 equal ranges of the confidence."
     place = (confidence * 15).long().clamp(max=14)
     columns = torch.stack([torch.ones_like(confidence), confidence, correct], 1)
     sums = torch.zeros(15, 3, dtype=torch.float64).index_add_(0, place, columns)
