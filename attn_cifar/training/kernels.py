@@ -320,9 +320,9 @@ _KINDS: dict[Any, int] = {None: 0, nn.ReLU: 1, nn.SiLU: 2, nn.GELU: 3, F.relu: 1
 
 def kind_of(activation: Any) -> int | None:
     "Return the kernels' number of an activation, a function or a module; None if they do not have it."
-    exact = isinstance(activation, nn.GELU) and activation.approximate != "none"
+    approximate = isinstance(activation, nn.GELU) and activation.approximate != "none"
     key = type(activation) if isinstance(activation, nn.Module) else activation
-    return None if exact else _KINDS.get(key)
+    return None if approximate else _KINDS.get(key)
 
 
 def _suits(x: Tensor) -> bool:
@@ -678,6 +678,6 @@ def kernels_available() -> bool:
         with ThreadPoolExecutor(len(libraries)) as pool:
             list(pool.map(lambda library: library.loaded, libraries))
     except OSError as error:
-        _log.info("training goes on without compiled kernels (%s)", error)
+        _log.info("training continues without compiled kernels (%s)", error)
         return False
     return True
